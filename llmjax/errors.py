@@ -1,0 +1,21 @@
+"""What a user can get wrong, said in one sentence, and the exit codes a scheduler can act on."""
+
+DONE = 0
+USAGE = 2  # a usage error or an impossible config
+DATA = 65  # data or a checkpoint is invalid
+NON_FINITE = 70  # training diverged and was stopped
+IO = 74  # the disk or the network failed
+PREEMPTED = 75  # saved; start me again
+PEER_LOST = 76  # another process of this run is gone
+
+
+class Refused(Exception):
+    """A run that cannot be done as asked.
+
+    The message is one sentence that names the field or file, its value and the remedy. The command line
+    prints it without a traceback and exits with `code`.
+    """
+
+    def __init__(self, message: str, code: int = USAGE):
+        super().__init__(message)
+        self.code = code

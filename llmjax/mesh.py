@@ -1,0 +1,145 @@
+"""Chips, clusters, and the six mesh axes that every run uses.
+
+The axes are fixed once for every cluster, slowest network first. An axis that a run does not use has size 1, so the
+same program runs on one device.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from llmjax.errors import Refused
+
+AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Facts of one JAX device. Where they come from stands beside each value in `meshes/chips.py`."""
+
+    name: str
+    platform: str  # as jax.devices()[0].platform says: cpu, gpu or tpu
+    kinds: tuple[str, ...] = ()  # substrings of jax.Device.device_kind that mean this chip
+    flops: float | None = None  # dense bfloat16 peak, FLOP/s; None: not known
+    memory: float | None = None  # bytes; None: whatever the host has
+    bandwidth: float | None = None  # memory, bytes/s
+    link: float | None = None  # fast network, bytes/s, one way: one ICI axis, or NVLink egress
+    network: float | None = None  # slow network, bytes/s per chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A set of equal chips.
+
+    `chips` is their number over all slices, or None for "every device this process group finds". `emulated` asks
+    for that many CPU devices on one machine. `tensor` is how many chips a tensor-parallel layout uses for one
+    matrix unless the run says otherwise.
+    """
+
+    name: str
+    chip: Chip | None = None  # None: looked up among `known` from the devices found
+    chips: int | None = None
+    slices: int = 1
+    topology: str = ""  # of one slice, as the TPU compiler names it, e.g. "4x4x4"
+    tensor: int = 1
+    emulated: bool = False
+    known: tuple[Chip, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Sizes of the mesh axes; 0 leaves a size to the layout and the device count."""
+
+    data: int = 0
+    "Data parallelism, over the slowest network."
+    stage: int = 0
+    "Pipeline stages."
+    fsdp: int = 0
+    "Fully sharded data parallelism: parameters are cut over this axis and gathered for use."
+    expert: int = 0
+    "Expert parallelism."
+    context: int = 0
+    "Parallelism over the positions of one sequence."
+    tensor: int = 0
+    "Tensor parallelism: heads, feed-forward and vocabulary are cut over this axis."
+
+    def sizes(self) -> tuple[int, ...]:
+        return dataclasses.astuple(self)
+
+
+def fill(axes: Axes, devices: int, *, used: Iterable[str], rest: str, tensor: int = 1, slices: int = 1) -> Axes:
+    """Gives every axis a size so that their product is `devices`.
+
+    What the user set stays. Unset, `tensor` takes the cluster's suggestion where the layout uses it, `data` takes
+    the number of slices, every other axis 1, and the axis named `rest` takes what remains.
+
+    Raises:
+      Refused: an axis the layout does not use is larger than 1, or the product cannot be `devices`.
+    """
+    used = frozenset(used)
+    for axis, size in zip(AXES, axes.sizes(), strict=True):
+        if size < 0:
+            raise Refused(f"axes.{axis} is {size}: give a positive size, or 0 to have it derived.")
+        if size > 1 and axis not in used:
+            raise Refused(
+                f"axes.{axis} is {size}, but the layout cuts nothing over '{axis}': set it to 1 or choose a layout "
+                f"that uses it (this one uses {', '.join(a for a in AXES if a in used)})."
+            )
+    given = math.prod(size for size in axes.sizes() if size)
+    free = devices // given if devices % given == 0 else 0
+    sizes = {axis: size for axis, size in zip(AXES, axes.sizes(), strict=True) if size}
+    if free and "tensor" not in sizes and "tensor" in used:
+        sizes["tensor"] = math.gcd(free, tensor)
+        free //= sizes["tensor"]
+    if free and "data" not in sizes and rest != "data":
+        sizes["data"] = math.gcd(free, slices)
+        free //= sizes["data"]
+    if free and rest not in sizes:
+        sizes[rest] = free
+    filled = Axes(**{axis: sizes.get(axis, 1) for axis in AXES})
+    product = math.prod(filled.sizes())
+    if product != devices:
+        shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "none given"
+        raise Refused(
+            f"axes multiply to {product} ({shown}), but there {'is 1 device' if devices == 1 else f'are {devices} devices'}: "
+            f"give sizes whose product is {devices}, or leave one at 0 to have it derived."
+        )
+    return filled
+
+
+def abstract_mesh(axes: Axes) -> AbstractMesh:
+    """The mesh as a type: enough to check a program's shardings with no device at all."""
+    return AbstractMesh(axes.sizes(), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def device_mesh(axes: Axes, devices: list[jax.Device], slices: int = 1) -> Mesh:
+    """The mesh over real devices, ordered so that neighbouring axes stay on fast links.
+
+    With several slices, `data` spans them and everything else stays inside one.
+    """
+    sizes = axes.sizes()
+    if slices > 1 and axes.data % slices == 0 and len({getattr(d, "slice_index", 0) for d in devices}) == slices:
+        across = (slices, *[1] * (len(AXES) - 1))
+        inside = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(sizes, devices)
+    else:
+        grid = np.array(devices).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def chip_of(cluster: Cluster, devices: list[jax.Device]) -> Chip:
+    """The chip these devices are; a chip of unknown peak where the cluster's list does not have it."""
+    if cluster.chip is not None:
+        return cluster.chip
+    device = devices[0]
+    for chip in cluster.known:
+        if chip.platform == device.platform and any(kind.lower() in device.device_kind.lower() for kind in chip.kinds):
+            return chip
+    return Chip(name=device.device_kind, platform=device.platform)
