@@ -1,0 +1,113 @@
+"""Llama 3: RoPE, RMSNorm, SwiGLU, grouped-query attention (arXiv:2407.21783)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmjax.models import nn
+from llmjax.models.attention import RopeScaling, attention, rope_angles, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama:
+    """Shape of a Llama 3 model."""
+
+    vocab: int = 4096
+    "Vocabulary size, V."
+    layers: int = 4
+    "Number of blocks, L."
+    width: int = 256
+    "Width of the residual stream, D."
+    heads: int = 4
+    "Query heads, H."
+    kv_heads: int = 4
+    "Key/value heads, G; a divisor of heads."
+    head_dim: int = 64
+    "Width of one head, K."
+    ff: int = 768
+    "Width of the feed-forward layer, F."
+    positions: int = 8192
+    "Longest sequence."
+    theta: float = 500_000.0
+    "Base of the rotary wavelengths."
+    scaling: RopeScaling | None = None
+    "Llama 3.1's scaling of the rotary frequencies."
+    tied: bool = False
+    "Use the embedding as the output head."
+    epsilon: float = 1e-5
+    "Added to the mean square in RMSNorm."
+
+    def sizes(self) -> nn.Sizes:
+        """Size of every letter of a weight."""
+        return dict(V=self.vocab, D=self.width, H=self.heads, G=self.kv_heads, K=self.head_dim, F=self.ff)
+
+    def init(self, key: jax.Array) -> "LlamaModel":
+        """The model with fresh weights."""
+        return LlamaModel(self, key)
+
+    def flops_per_token(self, sequence: int) -> tuple[float, float]:
+        """Training FLOPs per token, (causal, full): 6 per matmul weight and 12·L·T·H·K for the whole T² square."""
+        attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
+        weights = self.layers * (attention + 3 * self.width * self.ff) + self.vocab * self.width
+        square = 12 * self.layers * sequence * self.heads * self.head_dim
+        return 6 * weights + square / 2, 6 * weights + square
+
+
+class LlamaBlock(nnx.Module):
+    def __init__(self, c: Llama, key: jax.Array):
+        keys, sizes = jax.random.split(key, 7), c.sizes()
+        into, out = c.width**-0.5, (2 * c.layers) ** -0.5  # residual branches shrink with depth, as GPT-2's
+        self.c = c
+        self.attention_scale_D = nn.full(1, "D", sizes)
+        self.query_DHK = nn.normal(keys[0], "DHK", sizes, into)
+        self.key_DGK = nn.normal(keys[1], "DGK", sizes, into)
+        self.value_DGK = nn.normal(keys[2], "DGK", sizes, into)
+        self.out_HKD = nn.normal(keys[3], "HKD", sizes, out * (c.heads * c.head_dim) ** -0.5)
+        self.mlp_scale_D = nn.full(1, "D", sizes)
+        self.gate_DF = nn.normal(keys[4], "DF", sizes, into)
+        self.up_DF = nn.normal(keys[5], "DF", sizes, into)
+        self.down_FD = nn.normal(keys[6], "FD", sizes, out * c.ff**-0.5)
+
+    @jax.named_scope("block")
+    def __call__(self, x_BTD: jax.Array, angles: jax.Array) -> jax.Array:
+        x_BTD = x_BTD + self.attention(nn.enter(nn.rms_norm(x_BTD, self.attention_scale_D, self.c.epsilon)), angles)
+        return x_BTD + self.mlp(nn.enter(nn.rms_norm(x_BTD, self.mlp_scale_D, self.c.epsilon)))
+
+    @jax.named_scope("attention")
+    def attention(self, x_BTD, angles):
+        q_BTHK = rotate(nn.project("BTD,DHK->BTHK", x_BTD, self.query_DHK), angles)
+        k_BSGK = rotate(nn.project("BSD,DGK->BSGK", x_BTD, self.key_DGK), angles)
+        v_BSGK = nn.project("BSD,DGK->BSGK", x_BTD, self.value_DGK)
+        return nn.project("BTHK,HKD->BTD", attention(q_BTHK, k_BSGK, v_BSGK), self.out_HKD)
+
+    @jax.named_scope("mlp")
+    def mlp(self, x_BTD):
+        gate_BTF = nn.project("BTD,DF->BTF", x_BTD, self.gate_DF)
+        up_BTF = nn.project("BTD,DF->BTF", x_BTD, self.up_DF)
+        return nn.project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD)
+
+
+class LlamaModel(nnx.Module):
+    """`tokens_BT -> logits_BTV`."""
+
+    def __init__(self, c: Llama, key: jax.Array):
+        keys, sizes = jax.random.split(key, 3), c.sizes()
+        self.c = c
+        self.embed_VD = nn.normal(keys[0], "VD", sizes, c.width**-0.5 if c.tied else 1.0)
+        self.blocks = nn.stack(functools.partial(LlamaBlock, c), keys[1], c.layers)
+        self.final_scale_D = nn.full(1, "D", sizes)
+        if not c.tied:
+            self.head_DV = nn.normal(keys[2], "DV", sizes, c.width**-0.5)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        c = self.c
+        angles = rope_angles(jnp.arange(tokens_BT.shape[1]), c.head_dim, c.theta, c.scaling)
+        x_BTD = nn.embed(tokens_BT, self.embed_VD)
+        x_BTD = nn.scan(self.blocks, x_BTD, lambda block, x_BTD: block(x_BTD, angles))
+        x_BTD = nn.enter(nn.rms_norm(x_BTD, self.final_scale_D, c.epsilon))
+        if c.tied:
+            return nn.project("BTD,VD->BTV", x_BTD, self.embed_VD)
+        return nn.project("BTD,DV->BTV", x_BTD, self.head_DV)

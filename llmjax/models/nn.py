@@ -1,0 +1,126 @@
+"""The functions that models are written with.
+
+A model file says only the maths. Where each array lives and in which precision a product is taken is said once, by the
+`Compute` in force while the model is traced; it takes part in every jit key.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmjax import layout as layouts
+from llmjax.layout import Layout
+
+Sizes = Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the maths of a model is carried out."""
+
+    layout: Layout = layouts.dp
+    operands: str = "float32"  # dtype of the two factors of every product with a weight
+    activations: str = "float32"  # dtype of the product, and of the residual stream
+    remat: str = "none"  # what the backward pass computes again: none, full, or all but the products (dots)
+    unroll: int = 1  # layers per turn of the loop over them
+
+
+_compute = jax.make_user_context(Compute())
+
+
+def compute(how: Compute):
+    """Context in which models are traced, initialised and called."""
+    return _compute(how)
+
+
+def how() -> Compute:
+    """The `Compute` in force."""
+    return _compute.value
+
+
+def normal(key: jax.Array, dims: str, sizes: Sizes, scale: float) -> nnx.Param:
+    """A parameter drawn from N(0, scale²), born in its resting place: no device ever holds the whole."""
+    shape = tuple(sizes[d] for d in dims)
+    return nnx.Param(scale * jax.random.normal(key, shape, jnp.float32, out_sharding=how().layout.at_rest(dims)))
+
+
+def full(value: float, dims: str, sizes: Sizes) -> nnx.Param:
+    """A parameter that starts at one value."""
+    shape = tuple(sizes[d] for d in dims)
+    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=how().layout.at_rest(dims)))
+
+
+def use(weight: nnx.Param, dims: str) -> jax.Array:
+    """The weight as a product needs it: cast, then gathered over the axes that cut the batch."""
+    return jax.reshard(weight[...].astype(how().operands), how().layout.in_use(dims))
+
+
+def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
+    """`jnp.einsum(subscripts, x, weight)` of an activation and a weight, placed by the letters of the result."""
+    dims, out = subscripts.split(",")[1].split("->")
+    return jnp.einsum(
+        subscripts,
+        x.astype(how().operands),
+        use(weight, dims),
+        preferred_element_type=how().activations,
+        out_sharding=how().layout.activation(out),
+    )
+
+
+def bias(weight: nnx.Param, dims: str, out: str) -> jax.Array:
+    """A bias with `dims`, shaped to be added to an activation with dims `out`."""
+    value = jax.reshard(weight[...].astype(how().activations), how().layout.in_use(dims))
+    return jnp.expand_dims(value, tuple(i for i, d in enumerate(out) if d not in dims))
+
+
+def enter(x_BTD: jax.Array) -> jax.Array:
+    """The residual stream as the inside of a block sees it: whole where a layout cuts only the stream."""
+    return jax.reshard(x_BTD, how().layout.gathered("BTD"))
+
+
+def embed(tokens_BT: jax.Array, table_VD: nnx.Param) -> jax.Array:
+    """Rows of the table."""
+    table = use(table_VD, "VD").astype(how().activations)
+    return table.at[tokens_BT].get(out_sharding=how().layout.activation("BTD"))
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, epsilon: float) -> jax.Array:
+    """x / rms(x) * scale, in float32 (arXiv:1910.07467)."""
+    x = x_BTD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon)
+    return (x * _whole(scale_D)[None, None]).astype(x_BTD.dtype)
+
+
+def layer_norm(x_BTD: jax.Array, scale_D: nnx.Param, bias_D: nnx.Param, epsilon: float) -> jax.Array:
+    """(x - mean) / std * scale + bias, in float32 (arXiv:1607.06450)."""
+    x = x_BTD.astype(jnp.float32)
+    x = x - jnp.mean(x, -1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon)
+    return (x * _whole(scale_D)[None, None] + _whole(bias_D)[None, None]).astype(x_BTD.dtype)
+
+
+def _whole(weight_D: nnx.Param) -> jax.Array:
+    return jax.reshard(weight_D[...], how().layout.in_use("D"))
+
+
+def stack(block: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int) -> nnx.Module:
+    """`layers` blocks as one, every parameter with a leading L."""
+    return jax.vmap(block)(jax.random.split(key, layers))
+
+
+def scan(blocks: nnx.Module, x_BTD: jax.Array, call: Callable[[nnx.Module, jax.Array], jax.Array]) -> jax.Array:
+    """Runs stacked blocks one after another; `remat` decides what their backward pass computes again."""
+
+    def turn(x_BTD, block):
+        return call(block, x_BTD), None
+
+    policies = {
+        "none": lambda f: f,
+        "full": jax.checkpoint,
+        "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    }
+    return jax.lax.scan(policies[how().remat](turn), x_BTD, blocks, unroll=how().unroll)[0]

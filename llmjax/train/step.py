@@ -1,0 +1,67 @@
+"""The train step: a pure function of state and batch."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from llmjax.train.loss import Batch
+
+Loss = Callable[[nnx.Module, Batch], tuple[jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that training changes."""
+
+    step: jax.Array
+    model: nnx.Module
+    opt: optax.OptState
+
+
+def init(build: Callable[[jax.Array], nnx.Module], tx: optax.GradientTransformation, key: jax.Array) -> State:
+    """The state before step 0. Traced under jit, every array is born where the layout wants it."""
+    model = build(key)
+    return State(jnp.int32(0), model, tx.init(model))
+
+
+def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True) -> tuple[jax.Array, jax.Array, nnx.Module]:
+    """(loss, weight, gradients) of a batch whose arrays lead with [A, B]: a sum over A microbatches, one at a time.
+
+    With `mean`, loss and gradients are divided by the weight of the whole batch, so neither masks nor the number of
+    microbatches or devices changes them. Without, they are the plain sum over examples, as textbooks write
+    w <- w - eta * sum_i(g_i).
+    """
+    with_gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def microbatch(total, batch):
+        return jax.tree.map(jnp.add, total, with_gradient(model, batch)), None
+
+    zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, model))
+    ((total, weight), grads), _ = jax.lax.scan(microbatch, zero, batch)
+    if mean:
+        total, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1), (total, grads))
+    return total, weight, grads
+
+
+def train_step(
+    state: State, batch: Batch, *, loss: Loss, tx: optax.GradientTransformation, mean: bool = True
+) -> tuple[State, dict[str, jax.Array]]:
+    """One optimizer step; metrics are `loss`, `grad_norm` (before clipping) and `weight` (targets counted)."""
+    total, weight, grads = gradients(state.model, batch, loss, mean=mean)
+    updates, opt = tx.update(grads, state.opt, state.model)
+    model = optax.apply_updates(state.model, updates)
+    return State(state.step + 1, model, opt), dict(loss=total, grad_norm=optax.global_norm(grads), weight=weight)
+
+
+def eval_step(model: nnx.Module, batch: Batch, *, loss: Loss) -> tuple[jax.Array, jax.Array]:
+    """(sum of the loss, sum of the weights) over a batch whose arrays lead with [A, B]."""
+
+    def microbatch(total, batch):
+        return jax.tree.map(jnp.add, total, loss(model, batch)), None
+
+    return jax.lax.scan(microbatch, (jnp.float32(0), jnp.float32(0)), batch)[0]
