@@ -38,8 +38,8 @@ class Layout:
 
     def in_use(self, dims: str) -> P:
         """Where a parameter lives while it is used: gathered over every axis that cuts the batch."""
-        batch = _axes(self.inner.get("B"))
-        return P(*(tuple(a for a in _axes(self.params.get(d)) if a not in batch) or None for d in dims))
+        batch = axes_of(self.inner.get("B"))
+        return P(*(tuple(a for a in axes_of(self.params.get(d)) if a not in batch) or None for d in dims))
 
     def activation(self, dims: str) -> P:
         """Where an activation lives: "BTD" is the residual stream, anything else is inside a block."""
@@ -51,14 +51,15 @@ class Layout:
 
     def axes(self) -> frozenset[str]:
         """The mesh axes this layout cuts anything over."""
-        return frozenset(a for m in (self.params, self.stream, self.inner) for value in m.values() for a in _axes(value))
+        return frozenset(a for m in (self.params, self.stream, self.inner) for value in m.values() for a in axes_of(value))
 
     def rest(self) -> str:
         """The axis that takes the devices nobody asked for: `fsdp` where parameters are cut over it, else `data`."""
-        return "fsdp" if any("fsdp" in _axes(value) for value in self.params.values()) else "data"
+        return "fsdp" if any("fsdp" in axes_of(value) for value in self.params.values()) else "data"
 
 
-def _axes(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axes_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """A placement as a tuple of axes."""
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 

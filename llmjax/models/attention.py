@@ -6,6 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from llmjax.models import nn
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -39,5 +41,14 @@ def rotate(x_BTHK: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array) -> jax.Array:
-    """softmax(q·k / sqrt(K)) v over the positions up to one's own; H is a multiple of G (arXiv:2305.13245)."""
-    return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, is_causal=True)
+    """softmax(q·k / sqrt(K)) v over the positions up to one's own; H is a multiple of G (arXiv:2305.13245).
+
+    Scores and softmax are float32. The letter R counts the query heads that share a key head.
+    """
+    place, (B, T, H, K), G = nn.how().layout.gathered, q_BTHK.shape, k_BSGK.shape[2]
+    q_BTGRK = jnp.reshape(q_BTHK, (B, T, G, H // G, K), out_sharding=place("BTGRK"))
+    score_BGRTS = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK * K**-0.5, k_BSGK, preferred_element_type=jnp.float32)
+    past_TS = jnp.tril(jnp.ones((T, T), bool))
+    chance_BGRTS = jax.nn.softmax(jnp.where(past_TS[None, None, None], score_BGRTS, -1e30), axis=-1)
+    o_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", chance_BGRTS.astype(v_BSGK.dtype), v_BSGK)
+    return jnp.reshape(o_BTGRK, (B, T, H, K), out_sharding=place("BTHK"))

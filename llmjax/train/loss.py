@@ -32,6 +32,11 @@ class NextToken:
             nats_BT = nats_BT + self.z * log_z_BT**2
         return jnp.sum(nats_BT * weights_BT), jnp.sum(weights_BT)
 
+    @property
+    def held_out(self) -> "NextToken":
+        """The loss that evaluation reports: the cross-entropy alone."""
+        return NextToken()
+
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(nats, log Z) per target. Logits may be cut over V: targets are found by comparison, not by indexing."""

@@ -1,0 +1,175 @@
+"""Run: one frozen value that says everything a run is, and its form as JSON."""
+
+import dataclasses
+import importlib
+import math
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from llmjax import layout as layouts
+from llmjax.errors import DATA, Refused
+from llmjax.layout import Layout
+from llmjax.mesh import Axes, Cluster
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run. The same value gives the same numbers on every mesh.
+
+    `model`, `data`, `optimizer` and `loss` are values of any class with the methods that `llmjax.models`,
+    `llmjax.data`, `llmjax.optim` and `llmjax.train.loss` show.
+    """
+
+    model: Any
+    "Family and shape of the model."
+    data: Any
+    "Corpus and tokenizer."
+    optimizer: Any
+    "Optimizer and its learning-rate schedule."
+    loss: Any
+    "What is minimised."
+    mesh: Cluster
+    "Where it runs: a name that `llmjax meshes` lists."
+    axes: Axes = Axes()
+    layout: Layout = layouts.dp
+    "What is cut over which mesh axis: dp, fsdp, tp, fsdp_tp or fsdp_tp_sp."
+    steps: int = 1000
+    "Optimizer steps."
+    batch: int = 16
+    "Sequences per step, over all devices."
+    sequence: int = 256
+    "Positions per sequence, T."
+    accumulate: int = 0
+    "Microbatches per step; 0: one on an accelerator, as many as keep a CPU's caches warm on a CPU."
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    "Precision of the products; parameters and losses stay float32. auto: bfloat16 on accelerators, float32 on CPUs."
+    remat: Literal["none", "full", "dots"] = "none"
+    "What the backward pass computes again: nothing, everything, or all but the products with weights."
+    clip: float = 1.0
+    "Largest global norm of the gradient; 0 switches clipping off."
+    seed: int = 0
+    "Seeds the weights and the order of the data."
+    eval_every: int = 0
+    "Steps between evaluations on held-out data; 0: only at the end."
+    eval_rows: int = 64
+    "Held-out sequences of an evaluation on the way; the last one uses all."
+    save_every: int = 0
+    "Steps between checkpoints; 0: only at the end or when interrupted."
+    keep: int = 2
+    "Checkpoints kept."
+    prompts: tuple[str, ...] = ()
+    "Texts to complete when training ends."
+    name: str = ""
+    "Name of the run directory; the experiment's own name if empty."
+    runs: str = "runs"
+    "Folder that holds run directories."
+
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.runs) / self.name
+
+
+# What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
+FREE = frozenset({"mesh", "axes", "layout", "accumulate", "remat", "eval_every", "eval_rows", "save_every", "keep",
+                  "prompts", "runs"})  # fmt: skip
+
+
+def to_json(value: Any) -> Any:
+    """A JSON value from which `from_json` makes an equal one. Dataclasses keep their class under "is"."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"is": _name_of(type(value))} | fields
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    if callable(value):
+        return {"is": "function", "name": _name_of(value)}
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    raise Refused(f"a run holds {value!r}, which cannot be written to run.json: use dataclasses, numbers and strings.")
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of `to_json`; imports the modules it names and makes only dataclasses."""
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    if "is" not in value:
+        return {k: from_json(v) for k, v in value.items()}
+    if value["is"] == "function":
+        return _named(value["name"])
+    cls = _named(value["is"])
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise Refused(f"run.json names {value['is']}, which is not a dataclass: the file was changed by hand.", DATA)
+    fields = {k: from_json(v) for k, v in value.items() if k != "is"}
+    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise Refused(f"run.json has fields that {cls.__name__} lacks ({', '.join(unknown)}): it was written by another version.", DATA)
+    return cls(**fields)
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Dotted names of the fields in which two JSON values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(k for k in b if k not in a)]
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+    return [] if a == b else [path]
+
+
+def _name_of(thing: Any) -> str:
+    module = sys.modules[thing.__module__]
+    spec = getattr(module, "__spec__", None)
+    home = spec.name if spec else module.__name__  # an experiment run with -m is __main__, but importable by its name
+    return f"{home}:{thing.__qualname__}"
+
+
+def _named(name: str) -> Any:
+    module, _, path = name.partition(":")
+    try:
+        thing: Any = importlib.import_module(module)
+        for part in path.split("."):
+            thing = getattr(thing, part)
+    except (ImportError, AttributeError) as error:
+        raise Refused(f"run.json names {name}, which cannot be imported here ({error}): install what defines it.", DATA) from error
+    return thing
+
+
+def check(run: Run, axes: Axes, accumulate: int) -> None:
+    """Refuses a run whose shapes cannot be cut over these axes, before anything is compiled."""
+    for field in ("steps", "batch", "sequence"):
+        if getattr(run, field) < 1:
+            raise Refused(f"{field} is {getattr(run, field)}: give at least 1.")
+    sizes = dict(vars(axes))
+    cut = {d: [a for a in layouts.axes_of(value) if sizes[a] > 1] for d, value in run.layout.inner.items()}
+    ways = math.prod(sizes[a] for a in cut.get("B", ())) * accumulate
+    if run.batch % ways:
+        shown = " x ".join([*(f"{a} {sizes[a]}" for a in cut.get("B", ())), *([f"accumulate {accumulate}"] if accumulate > 1 else [])])
+        raise Refused(
+            f"batch is {run.batch}, which {shown} = {ways} does not divide: "
+            f"use batch {max(1, round(run.batch / ways)) * ways}, or other axes or accumulation."
+        )
+    if not hasattr(run.model, "sizes"):
+        return
+    letters = run.model.sizes() | {"T": run.sequence}
+    for placement in (run.layout.params, run.layout.inner, run.layout.stream):
+        for dim, value in placement.items():
+            size, ways = letters.get(dim), math.prod(sizes[a] for a in layouts.axes_of(value))
+            if size is not None and size % ways:
+                over = " x ".join(f"{a} {sizes[a]}" for a in layouts.axes_of(value))
+                raise Refused(
+                    f"{_WORDS.get(dim, dim)} is {size}, which axis {over} does not divide: choose a multiple of {ways}, "
+                    f"or a smaller {over.split()[0]} axis (--axes.{over.split()[0]})."
+                )
+    if run.sequence > getattr(run.model, "positions", run.sequence):
+        raise Refused(
+            f"sequence is {run.sequence}, longer than the model's {run.model.positions} positions: "
+            f"lower --sequence or raise --model.positions."
+        )
+    if letters["H"] % letters["G"]:
+        raise Refused(f"model.heads is {letters['H']}, not a multiple of model.kv_heads {letters['G']}: choose a multiple.")
+
+
+_WORDS = dict(D="model.width", H="model.heads", G="model.kv_heads", F="model.ff", V="model.vocab", T="sequence")

@@ -1,0 +1,104 @@
+"""What a person sees while a run trains: a bar on a terminal, plain lines anywhere else."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 10  # between two progress lines where there is no terminal
+
+
+def bytes_per_device(tree: Any, mesh) -> int:
+    """Bytes that one device holds of a tree of (abstract) arrays."""
+
+    def of(x):
+        spec = x.sharding.spec if getattr(x, "sharding", None) is not None else jax.P()
+        return math.prod(NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
+
+    return sum(of(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape") and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
+def count(number: float) -> str:
+    """1234567 as "1.23 M"."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def memory(number: float) -> str:
+    """Bytes with a binary unit."""
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Display:
+    """A resource: owns the console and the bar. A quiet one, for every process but the first, says nothing."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None):
+        self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.bar: Progress | None = None
+        self.said = 0.0
+
+    def say(self, text: str = "") -> None:
+        """One line; text in square brackets is shown as it is."""
+        self.console.print(text, markup=False)
+
+    def facts(self, title: str, rows: dict[str, str]) -> None:
+        """A title and a list of names with values."""
+        self.console.print(title, style="bold", markup=False)
+        table = Table.grid(padding=(0, 2))
+        for name, value in rows.items():
+            table.add_row(f"  {name}", value)
+        self.console.print(table, markup=False)
+
+    def table(self, columns: list[str], rows: list[list[str]]) -> None:
+        """A small table, numbers to the right."""
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table, markup=False)
+
+    @contextlib.contextmanager
+    def progress(self, start: int, steps: int) -> Iterator[None]:
+        """The bar, from `start` to `steps`."""
+        if self.console.is_terminal and not self.console.quiet:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}  {task.fields[numbers]}"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                self.bar, self.task = bar, bar.add_task("training", total=steps, completed=start, numbers="")
+                yield
+            self.bar = None
+        else:
+            yield
+
+    def step(self, step: int, steps: int, loss: float, tokens_per_s: float, step_ms: float, eta: float) -> None:
+        """The numbers of one finished step."""
+        numbers = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {step_ms:.0f} ms/step"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, numbers=numbers)
+        elif time.monotonic() - self.said >= PLAIN_SECONDS or step == steps:
+            self.said = time.monotonic()
+            self.say(f"step {step:>{len(str(steps))}}/{steps}  {numbers}  eta {duration(eta)}")

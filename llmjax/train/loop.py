@@ -1,0 +1,189 @@
+"""The loop: batches in, steps on the device; metrics, evaluations and checkpoints out.
+
+It dispatches a step and then reads the metrics of the one before, so it never waits on the device in order to print.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.data.batches import order, place, prefetch
+from llmjax.errors import NON_FINITE, Refused
+from llmjax.train.display import Display
+from llmjax.train.program import Program
+from llmjax.train.records import Records
+from llmjax.train.step import State
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """What the loop writes to; the records are None on every process but the first."""
+
+    display: Display
+    checkpoints: Checkpoints
+    records: Records | None
+
+    def metrics(self, **facts) -> None:
+        if self.records:
+            self.records.metrics(facts)
+
+    def event(self, kind: str, **facts) -> None:
+        if self.records:
+            self.records.event(kind, **facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step that was dispatched and whose metrics have not been read."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    waited_ms: float
+
+
+def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, stop: Callable[[int], bool]):
+    """Trains from step `start`; returns the state and the number of steps done when the run ends or must stop."""
+    run, sharding = program.run, program.batch_sharding()
+
+    def batch_of(step):
+        rows = order(step, batch=run.batch, size=dataset.size("train"), seed=run.seed)
+        return place(dataset, "train", rows, accumulate=program.accumulate, sharding=sharding)
+
+    report, pending, done = reporter(program, ledger, start), None, start
+    with contextlib.closing(prefetch(batch_of, start, run.steps)) as batches, ledger.display.progress(start, run.steps):
+        for step, batch, waited_ms in batches:
+            state, metrics = program.step(state, batch)
+            if pending:
+                report(pending)
+            pending, done = Pending(step, metrics, waited_ms), step + 1
+            saves, evaluates = due(done, run.save_every), due(done, run.eval_every) and done < run.steps
+            if saves or evaluates or done == run.steps:
+                report(pending)
+                pending = None
+            if evaluates:
+                evaluate(program, state, dataset, ledger, done, rows=run.eval_rows)
+                report.restart()
+            if saves and done < run.steps:
+                save(state, done, ledger)
+            if stop(done):
+                break
+        if pending:
+            report(pending)
+    return state, done
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every > 0 and step % every == 0
+
+
+class reporter:
+    """Reads the metrics of finished steps, in order, and times them."""
+
+    def __init__(self, program: Program, ledger: Ledger, start: int):
+        run = program.run
+        self.program, self.ledger, self.start = program, ledger, start
+        self.tokens = run.batch * run.sequence
+        self.rates = learning_rates(run.optimizer, run.steps)
+        self.peak = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves out of the timing what happened since the last step."""
+        self.last = time.perf_counter()
+        self.recent: list[float] = getattr(self, "recent", [])
+
+    def __call__(self, pending: Pending) -> None:
+        run, step = self.program.run, pending.step
+        loss, grad_norm = float(pending.metrics["loss"]), float(pending.metrics["grad_norm"])
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        if step > self.start:  # the first step compiles
+            self.recent = [*self.recent[-49:], seconds]
+        rate = self.tokens / seconds
+        self.ledger.metrics(
+            step=step + 1, loss=loss, grad_norm=grad_norm, lr=float(self.rates[step]), tokens=(step + 1) * self.tokens,
+            tokens_per_s=rate, step_ms=1e3 * seconds, mfu=self.mfu(rate), data_wait_ms=pending.waited_ms,
+        )  # fmt: skip
+        mean = sum(self.recent or [seconds]) / len(self.recent or [seconds])
+        self.ledger.display.step(step + 1, run.steps, loss, self.tokens / mean, 1e3 * mean, (run.steps - step - 1) * mean)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise Refused(
+                f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}, so training stopped and this step "
+                f"was not saved: lower the learning rate, or look at the data of this step.",
+                NON_FINITE,
+            )
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Share of the chips' bfloat16 peak that the model's causal FLOPs take; None where it is not known."""
+        return None if not self.program.peak else tokens_per_s * self.program.flops_per_token / self.program.peak
+
+
+def learning_rates(optimizer, steps: int) -> np.ndarray:
+    """The learning rate of every step, for the records."""
+    return np.asarray(jax.vmap(optimizer.lr.build(steps))(np.arange(steps)))
+
+
+def evaluate(program: Program, state: State, dataset, ledger: Ledger, step: int, rows: int | None = None) -> dict[str, float]:
+    """Held-out loss in nats per target, and bits per byte where the data is text, over all rows or the first `rows`."""
+    size, batch = dataset.size("heldout"), program.run.batch
+    size = size if rows is None else min(rows, size)
+    sums = []
+    for first in range(0, size, batch):
+        wanted = np.arange(first, first + batch)
+        picked = np.where(wanted < size, wanted, -1)  # -1: a row of weight 0
+        arrays = place(dataset, "heldout", picked, accumulate=program.accumulate, sharding=program.batch_sharding())
+        sums.append(program.evaluate(state.model, arrays))
+    nats, weight = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+    facts = dict(eval_loss=nats / weight)
+    if dataset.heldout_bytes:
+        facts["bits_per_byte"] = nats / weight / math.log(2) * dataset.heldout_tokens / dataset.heldout_bytes
+    ledger.metrics(step=step, **facts, eval_targets=weight)
+    bits = f"  {facts['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in facts else ""
+    ledger.display.say(f"step {step}: held-out loss {facts['eval_loss']:.4f}{bits}  ({weight:,.0f} targets)")
+    return facts
+
+
+def save(state: State, step: int, ledger: Ledger) -> None:
+    """Starts a checkpoint of the state after `step` steps, unless it is there."""
+    if step not in ledger.checkpoints.steps():
+        ledger.checkpoints.save(step, state, dict(step=step))
+        ledger.event("save", step=step)
+
+
+@contextlib.contextmanager
+def interrupts(say: Callable[[str], None]) -> Iterator[Callable[[int], bool]]:
+    """Turns Ctrl-C and SIGTERM into an answer to "stop after this step?"; a second Ctrl-C leaves at once.
+
+    Several processes agree on the step through JAX's preemption sync point, which owns SIGTERM there.
+    """
+    asked = []
+
+    def handle(number, frame):
+        if asked:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        asked.append(number)
+        say("Stopping after this step; saving. Press Ctrl-C again to leave at once.")
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        if jax.process_count() > 1:
+            yield multihost_utils.reached_preemption_sync_point
+        else:
+            yield lambda step: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,108 @@
+"""Program: what a Run becomes on a mesh. Nothing here touches a device or a file until it is called."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import optax
+from jax import P
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from llmjax import mesh as meshes
+from llmjax.layout import axes_of
+from llmjax.mesh import Axes, Chip
+from llmjax.models import nn
+from llmjax.run import Run, check
+from llmjax.train import step as steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A run on a mesh: the functions to call, and how its arrays are cut."""
+
+    run: Run
+    mesh: Mesh | AbstractMesh
+    compute: nn.Compute
+    accumulate: int
+    init: Callable[[jax.Array], steps.State]
+    step: Callable[[steps.State, Any], tuple[steps.State, dict[str, jax.Array]]]
+    evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+    flops_per_token: float | None = None  # causal attention; None where the model does not say
+    peak: float | None = None  # bfloat16 FLOP/s of all chips; None where it is not known
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """Everything of this program is traced and called inside this context."""
+        placed = jax.sharding.use_abstract_mesh if isinstance(self.mesh, AbstractMesh) else jax.set_mesh
+        with placed(self.mesh), nn.compute(self.compute):
+            yield
+
+    def batch_sharding(self) -> NamedSharding:
+        """Where a batch with leading dims [A, B] lives."""
+        return NamedSharding(self.mesh, P(None, self.run.layout.inner["B"]))
+
+    def abstract_state(self) -> steps.State:
+        """Shapes and shardings of the state; no array is made."""
+        with self.context():
+            return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
+    """The program of a run on a mesh of these chips.
+
+    Raises:
+      Refused: the run's shapes cannot be cut over the mesh.
+    """
+    axes = Axes(**dict(mesh.shape))
+    accumulate = run.accumulate or microbatches(run, axes, chip)
+    check(run, axes, accumulate)
+    bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and chip.platform != "cpu")
+    compute = nn.Compute(
+        layout=run.layout,
+        operands="bfloat16" if bfloat16 else "float32",
+        activations="bfloat16" if bfloat16 and chip.platform != "cpu" else "float32",
+        remat=run.remat,
+    )
+    tx = transformation(run)
+    flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None
+    return Program(
+        run=run,
+        mesh=mesh,
+        compute=compute,
+        accumulate=accumulate,
+        init=jax.jit(functools.partial(steps.init, run.model.init, tx)),
+        step=jax.jit(functools.partial(steps.train_step, loss=run.loss, tx=tx), donate_argnums=0),
+        evaluate=jax.jit(functools.partial(steps.eval_step, loss=getattr(run.loss, "held_out", run.loss))),
+        flops_per_token=flops,
+        peak=chip.flops and flops and chip.flops * mesh.size,
+    )
+
+
+def transformation(run: Run) -> optax.GradientTransformation:
+    """The run's optimizer behind gradient clipping."""
+    tx = run.optimizer.build(run.steps)
+    return optax.chain(optax.clip_by_global_norm(run.clip), tx) if run.clip else tx
+
+
+def resolve(run: Run, devices: int) -> Axes:
+    """The sizes of all axes for this run on so many devices."""
+    layout, cluster = run.layout, run.mesh
+    return meshes.fill(
+        run.axes, devices, used=layout.axes(), rest=layout.rest(), tensor=cluster.tensor, slices=cluster.slices
+    )
+
+
+def microbatches(run: Run, axes: Axes, chip: Chip) -> int:
+    """How many microbatches a step is cut into when the run does not say.
+
+    Accelerators: one. On a CPU activations that stay in cache are worth more than long products.
+    """
+    rows = run.batch // math.prod(getattr(axes, a) for a in axes_of(run.layout.inner.get("B")))
+    if chip.platform != "cpu" or rows < 1:
+        return 1
+    wanted = min(rows, max(1, rows * run.sequence // 512))
+    return max(a for a in range(1, wanted + 1) if rows % a == 0)
