@@ -1,0 +1,1 @@
+"""Text to training batches: corpus -> tokenizer -> store -> dataset -> batch(step)."""
