@@ -59,7 +59,7 @@ def place(
 
 
 def _global(local: np.ndarray, mine: np.ndarray, width: int, sharding: NamedSharding) -> jax.Array:
-    """Puts `local` [A, len(mine), ...], the columns `mine` of an array of `width` columns, on this process's devices."""
+    """Puts `local` [A, len(mine), ...], the columns `mine` out of `width`, on this process's devices."""
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[1].indices(width)
@@ -67,7 +67,9 @@ def _global(local: np.ndarray, mine: np.ndarray, width: int, sharding: NamedShar
         return local[:, first : first + stop - start]
 
     shape = (local.shape[0], width, *local.shape[2:])
-    return jax.make_array_from_callback(shape, sharding, shard, dtype=local.dtype)
+    dtype = jax.dtypes.canonicalize_dtype(local.dtype)  # NumPy's 64-bit defaults become 32-bit, as in jnp.asarray
+    local = local.astype(dtype, copy=False)
+    return jax.make_array_from_callback(shape, sharding, shard, dtype=dtype)
 
 
 def prefetch(make: Callable[[int], Made], start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Made, float]]:

@@ -141,20 +141,20 @@ def hold_out(documents: Sequence[Document], fraction: float) -> tuple[list[Docum
 
 def _cut(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     total = sum(len(d.text) for d in documents)
-    left = round(total * (1 - fraction))
+    left = max(1, min(total - 1, round(total * (1 - fraction))))
     train, heldout = [], []
     for document in documents:
         at = max(0, min(left, len(document.text)))
         left -= len(document.text)
         if 0 < at < len(document.text):
-            # a text of one line has no better place than the character itself
-            at = document.text.rfind("\n", 0, at) + 1 or document.text.find("\n", at) + 1 or at
+            # where the lines are huge, the character itself is a better place than a line end far away
+            at = document.text.rfind("\n", at // 2, at) + 1 or at
         train.append(Document(document.name, document.text[:at]))
         heldout.append(Document(document.name, document.text[at:]))
     train, heldout = [d for d in train if d.text], [d for d in heldout if d.text]
     if not train or not heldout:
         raise Refused(
-            f"'{documents[0].name}' holds {total} characters, too few to hold out {fraction:g} of them: give more text.",
+            f"'{documents[0].name}' holds {total} characters, too few to hold out {fraction:g} of it: give more text.",
             DATA,
         )
     return train, heldout

@@ -209,7 +209,7 @@ class Text:
 
     path: str | None = None
     "A text file, or a folder of them (UTF-8). None: the source of this Python's standard library."
-    tokenizer: BPE | Bytes | TokenizerFile = BPE()
+    tokenizer: BPE | Bytes | TokenizerFile = dataclasses.field(default_factory=BPE)
     "How text becomes tokens."
     heldout: float = 0.1
     "Fraction of the files (of the text, if there is one file) kept for evaluation."
@@ -260,8 +260,8 @@ def check_rows(dataset: Dataset, batch: int) -> None:
     rows = dataset.size("train")
     if rows < batch:
         raise Refused(
-            f"the corpus gives {rows} training rows, fewer than one batch of {batch}: give more text, a smaller batch or "
-            "a shorter sequence.",
+            f"the corpus gives {rows} training rows, fewer than one batch of {batch}: give more text, a smaller batch "
+            "or a shorter sequence.",
             DATA,
         )
 

@@ -124,7 +124,15 @@ def _sweep(cache: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _write(train, heldout, tokenizer, *, source, folder, say) -> None:
+def _write(
+    train: Sequence[Document],
+    heldout: Sequence[Document],
+    tokenizer: BPE | Bytes | TokenizerFile,
+    *,
+    source: str,
+    folder: Path,
+    say: Callable[[str], None],
+) -> None:
     sides = {"train": train, "heldout": heldout}
     counts = {side: sum(len(d.text.encode()) for d in documents) for side, documents in sides.items()}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # the compressors leave the interpreter lock alone
@@ -140,7 +148,8 @@ def _write(train, heldout, tokenizer, *, source, folder, say) -> None:
         say(f"Tokens: encoding {sum(counts.values()) / 1e6:.1f} MB with a vocabulary of {vocab}.")
         tokens = {side: _encode(built, end, texts, dtype, folder / f"{side}.bin") for side, texts in sides.items()}
         baselines = {name: future.result() for name, future in compressed.items()}
-    hashes = {name: _hash_file(folder / name) for name in ("train.bin", "heldout.bin", "tokenizer.json")}
+    written = [folder / name for name in ("train.bin", "heldout.bin", "tokenizer.json")]
+    hashes = {path.name: _hash_file(path) for path in written}
     record = {
         "format": FORMAT,
         "fingerprint": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
@@ -155,6 +164,7 @@ def _write(train, heldout, tokenizer, *, source, folder, say) -> None:
         },
         "baselines": baselines,
         "sha256": hashes,
+        "sizes": {path.name: path.stat().st_size for path in written},
         "files": {
             side: {d.name: hashlib.sha256(d.text.encode()).hexdigest() for d in texts} for side, texts in sides.items()
         },
@@ -197,7 +207,7 @@ def _pieces(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > _CHUNK:
         cut = text.find("\n", start + _CHUNK)
-        while 0 <= cut and text[cut - 1].isspace():
+        while cut >= 0 and text[cut - 1].isspace():
             cut = text.find("\n", cut + 1)
         if cut < 0:
             break
@@ -235,18 +245,13 @@ def open_store(folder: Path) -> Store:
         record = json.loads((folder / "dataset.json").read_text())
         dtype = np.dtype(record["dtype"])
         tokens = {side: record[side]["tokens"] for side in ("train", "heldout")}
-        sizes = {f"{side}.bin": (folder / f"{side}.bin").stat().st_size for side in tokens}
-        (folder / "tokenizer.json").stat()
+        sizes = {name: (size, (folder / name).stat().st_size) for name, size in record["sizes"].items()}
     except OSError as error:
         raise Refused(f"'{error.filename}' cannot be read ({error.strerror}): {remedy}", DATA) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise Refused(f"'{folder / 'dataset.json'}' is damaged: {remedy}", DATA) from None
-    for side, count in tokens.items():
-        size = sizes[f"{side}.bin"]
-        if size != count * dtype.itemsize:
-            raise Refused(
-                f"'{folder / side}.bin' has {size} bytes where dataset.json says {count * dtype.itemsize}: {remedy}",
-                DATA,
-            )
+    for name, (written, found) in sizes.items():
+        if found != written:
+            raise Refused(f"'{folder / name}' has {found} bytes where {written} were written: {remedy}", DATA)
     maps = {side: np.memmap(folder / f"{side}.bin", dtype, "r", shape=(count,)) for side, count in tokens.items()}
     return Store(folder, record, **maps)

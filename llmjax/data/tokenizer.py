@@ -24,7 +24,7 @@ _PIECES = r"\s*\n[ \t]*|[ .]?[\p{L}_][\p{L}\p{N}_]*| ?\p{N}+| ?[^\s\p{L}\p{N}_]+
 
 @dataclasses.dataclass(frozen=True)
 class BPE:
-    """Byte-level byte-pair encoding trained on the training documents (arXiv:1508.07909, with GPT-2's byte alphabet)."""
+    """Byte-level byte-pair encoding (arXiv:1508.07909, GPT-2's byte alphabet), trained on the training documents."""
 
     vocab: int = 4096
     "Number of tokens at most, the 256 bytes and the end of text included; a small corpus gives fewer."
