@@ -8,9 +8,12 @@ means tensor dimension.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 
 from jax import P
+
+from llmjax.errors import Refused
 
 Placement = Mapping[str, str | tuple[str, ...]]
 
@@ -73,3 +76,16 @@ fsdp_tp = Layout("fsdp_tp", params={"D": "fsdp"} | _TENSOR, stream=_BATCH, inner
 fsdp_tp_sp = Layout("fsdp_tp_sp", fsdp_tp.params, stream=_BATCH | {"T": "tensor"}, inner=fsdp_tp.inner)
 
 PRESETS = {layout.name: layout for layout in (dp, fsdp, tp, fsdp_tp, fsdp_tp_sp)}
+
+
+def preset(name: str) -> Layout:
+    """The preset of that name.
+
+    Raises:
+      Refused: there is none.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise Refused(f"layout is {name!r}, which is not known: {hint}choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]

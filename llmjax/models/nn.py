@@ -56,19 +56,49 @@ def full(value: float, dims: str, sizes: Sizes) -> nnx.Param:
 
 def use(weight: nnx.Param, dims: str) -> jax.Array:
     """The weight as a product needs it: cast, then gathered over the axes that cut the batch."""
-    return jax.reshard(weight[...].astype(how().operands), how().layout.in_use(dims))
+    return _gather(weight[...], dims)
 
 
 def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     """`jnp.einsum(subscripts, x, weight)` of an activation and a weight, placed by the letters of the result."""
-    dims, out = subscripts.split(",")[1].split("->")
-    return jnp.einsum(
-        subscripts,
-        x.astype(how().operands),
-        use(weight, dims),
-        preferred_element_type=how().activations,
-        out_sharding=how().layout.activation(out),
-    )
+    return _project(subscripts, x, weight[...])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(subscripts, x, weight):
+    x_dims, dims, out = _dims(subscripts)
+    return _einsum(f"{x_dims},{dims}->{out}", x, _gather(weight, dims), how().activations, how().layout.activation(out))
+
+
+def _project_forward(subscripts, x, weight):
+    return _project(subscripts, x, weight), (x, weight)
+
+
+def _project_backward(subscripts, saved, cotangent):
+    # Written out for three reasons: the gathered weight is not kept for the backward pass but gathered again (ZeRO-3);
+    # its gradient is summed straight to the resting place; and both products take operands in the chosen precision.
+    (x, weight), (x_dims, dims, out) = saved, _dims(subscripts)
+    cotangent = cotangent.astype(how().operands)
+    into_x = _einsum(f"{out},{dims}->{x_dims}", cotangent, _gather(weight, dims), x.dtype, jax.typeof(x).sharding)
+    into_weight = _einsum(f"{x_dims},{out}->{dims}", x, cotangent, weight.dtype, jax.typeof(weight).sharding)
+    return into_x, into_weight
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _dims(subscripts: str) -> tuple[str, str, str]:
+    x_dims, rest = subscripts.split(",")
+    return x_dims, *rest.split("->")
+
+
+def _gather(weight: jax.Array, dims: str) -> jax.Array:
+    return jax.reshard(weight.astype(how().operands), how().layout.in_use(dims))
+
+
+def _einsum(subscripts, a, b, dtype, place) -> jax.Array:
+    a, b = a.astype(how().operands), b.astype(how().operands)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=dtype, out_sharding=place)
 
 
 def bias(weight: nnx.Param, dims: str, out: str) -> jax.Array:

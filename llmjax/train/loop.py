@@ -73,7 +73,7 @@ def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, s
                 evaluate(program, state, dataset, ledger, done, rows=run.eval_rows)
                 report.restart()
             if saves and done < run.steps:
-                save(state, done, ledger)
+                save(program, state, done, dataset, ledger)
             if stop(done):
                 break
         if pending:
@@ -94,7 +94,6 @@ class reporter:
         self.program, self.ledger, self.start = program, ledger, start
         self.tokens = run.batch * run.sequence
         self.rates = learning_rates(run.optimizer, run.steps)
-        self.peak = None
         self.restart()
 
     def restart(self) -> None:
@@ -153,11 +152,17 @@ def evaluate(program: Program, state: State, dataset, ledger: Ledger, step: int,
     return facts
 
 
-def save(state: State, step: int, ledger: Ledger) -> None:
+def save(program: Program, state: State, step: int, dataset, ledger: Ledger) -> None:
     """Starts a checkpoint of the state after `step` steps, unless it is there."""
-    if step not in ledger.checkpoints.steps():
-        ledger.checkpoints.save(step, state, dict(step=step))
-        ledger.event("save", step=step)
+    if step in ledger.checkpoints.steps():
+        return
+    run = program.run
+    facts = dict(
+        step=step, tokens=step * run.batch * run.sequence, data=dataset.fingerprint,
+        mesh=dict(program.mesh.shape), layout=run.layout.name, jax=jax.__version__,
+    )  # fmt: skip
+    ledger.checkpoints.save(step, state, facts)
+    ledger.event("save", step=step)
 
 
 @contextlib.contextmanager

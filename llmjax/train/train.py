@@ -1,0 +1,233 @@
+"""From a Run to a trained model: set up, resume, train, evaluate, complete the prompts, sum up."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+
+from llmjax import mesh as meshes
+from llmjax import processes as system
+from llmjax.checkpoint.checkpoints import Checkpoints, like
+from llmjax.data.dataset import check_rows
+from llmjax.errors import DATA, DONE, IO, PREEMPTED, USAGE, Refused
+from llmjax.evaluate.generate import Sampling, complete
+from llmjax.processes import Processes
+from llmjax.run import FREE, Run, differences, to_json
+from llmjax.train import loop
+from llmjax.train.display import Display, bytes_per_device, count, duration, memory
+from llmjax.train.loop import Ledger
+from llmjax.train.program import Program, make, resolve
+from llmjax.train.records import Records, read
+from llmjax.train.step import State
+
+
+def train(run: Run, processes: Processes = Processes(), display: Display | None = None) -> int:
+    """Trains, or continues, the run in its directory; returns an exit code (see llmjax.errors).
+
+    Raises:
+      Refused: the run, its data or its directory cannot be used as asked.
+    """
+    began = time.monotonic()
+    devices = system.start(run.mesh, processes)
+    first = jax.process_index() == 0
+    display = display or Display(quiet=not first)
+    mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
+    program = make(run, mesh, meshes.chip_of(run.mesh, devices))
+    folder = claim(run, first)
+    system.barrier("run directory")
+    cache_compiled_programs(Path(run.runs))
+    if finished(folder, run.steps):
+        display.say(f"Run {run.name} is finished: {run.steps:,} steps, {folder}.")
+        display.say(next_steps(run))
+        return DONE
+    dataset = open_data(program, display, first)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(program.context())
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=run.keep))
+        records = stack.enter_context(Records(folder)) if first else None
+        ledger = Ledger(display, checkpoints, records)
+        state, start = restore(program, dataset, ledger)
+        if first:
+            write_environment(folder, program, devices)
+            if dataset.tokenizer is not None:
+                dataset.tokenizer.save(str(folder / "tokenizer.json"))
+        header(program, state, dataset, start, display)
+        ledger.event("start", step=start, devices=len(devices), seconds=time.monotonic() - began)
+        stop = stack.enter_context(loop.interrupts(display.say))
+        state, done = loop.steps(program, state, start, dataset, ledger, stop)
+        loop.save(program, state, done, dataset, ledger)
+        checkpoints.wait()
+        if done < run.steps:
+            ledger.event("stop", step=done)
+            display.say(f"Stopped and saved after step {done:,} of {run.steps:,}: run the same command to continue.")
+            return PREEMPTED
+        facts = loop.evaluate(program, state, dataset, ledger, done)
+        samples(program, state, dataset, folder, display, first)
+        ledger.event("finish", step=done, seconds=time.monotonic() - began)
+        summary(run, facts, dataset, folder, display, time.monotonic() - began)
+    return DONE
+
+
+def claim(run: Run, first: bool) -> Path:
+    """The run directory, made or found to belong to this run; only the first process writes."""
+    folder, asked = run.folder(), to_json(run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "run.json").exists():
+            found = json.loads((folder / "run.json").read_text())
+            changed = [d for d in differences(found, asked) if d.split(".")[0] not in FREE | {"is", "name"}]
+            if changed:
+                raise Refused(
+                    f"{folder} holds a run of another config, which differs in {', '.join(changed)}: "
+                    f"give the same values to continue it, or another --name to start afresh.",
+                    USAGE,
+                )
+        if first:
+            scratch = folder / "run.json.new"
+            scratch.write_text(json.dumps(asked, indent=1) + "\n")
+            scratch.replace(folder / "run.json")
+    except OSError as error:
+        raise Refused(f"{folder} cannot be used as run directory ({error.strerror}): choose another folder with --runs.", IO) from error
+    except json.JSONDecodeError as error:
+        raise Refused(f"{folder / 'run.json'} is not JSON ({error}): restore it or start afresh with another --name.", DATA) from error
+    return folder
+
+
+def cache_compiled_programs(runs: Path) -> None:
+    """Keeps compiled programs below the runs folder, so that the next start of the same run is quick."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str((runs / ".cache" / "compiled").absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def finished(folder: Path, steps: int) -> bool:
+    """Whether an earlier start of this run came to its end."""
+    return any(event["kind"] == "finish" and event["step"] == steps for event in read(folder / "events.jsonl"))
+
+
+def open_data(program: Program, display: Display, first: bool):
+    """The run's dataset; the first process builds what is missing, the others then find it."""
+    run, cache = program.run, Path(program.run.runs) / ".cache" / "data"
+    if not first:
+        system.barrier("data")
+    dataset = run.data.open(run.sequence, cache, display.say)
+    if first:
+        system.barrier("data")
+    check_rows(dataset, run.batch)
+    vocab = getattr(run.model, "vocab", None)
+    if vocab and dataset.vocab and dataset.vocab > vocab:
+        raise Refused(
+            f"the tokenizer has {dataset.vocab} tokens, more than model.vocab {vocab}: raise --model.vocab, or train a "
+            f"smaller tokenizer (--data.tokenizer.vocab).",
+            DATA,
+        )
+    return dataset
+
+
+def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
+    """The state to go on from, and the number of steps it has done."""
+    step = ledger.checkpoints.latest()
+    if step is None:
+        if ledger.records:
+            ledger.records.rewind(0)
+        return program.init(jax.random.key(program.run.seed)), 0
+    facts = ledger.checkpoints.facts(step)
+    if facts.get("data") not in (None, dataset.fingerprint):
+        raise Refused(
+            f"checkpoint {step} of {program.run.folder()} was trained on other data than this (the corpus or its tokenizer "
+            f"changed): bring the old data back, or start afresh with another --name.",
+            DATA,
+        )
+    state = ledger.checkpoints.restore(step, like(program.abstract_state(), program.mesh))
+    if ledger.records:
+        ledger.records.rewind(step)
+    ledger.display.say(f"Continuing {program.run.folder()} from step {step:,}.")
+    return state, step
+
+
+def header(program: Program, state: State, dataset, start: int, display: Display) -> None:
+    """What is about to happen."""
+    run, model = program.run, program.run.model
+    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
+    tokens = run.steps * run.batch * run.sequence
+    train = dataset.size("train")
+    shape = f" ({model.layers} layers, {model.width} wide, {model.heads} heads)" if hasattr(model, "layers") else ""
+    here = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    display.facts(
+        f"llmjax train {run.name}",
+        {
+            "model": f"{type(model).__name__}, {count(parameters)} parameters{shape}",
+            "data": f"{train:,} rows of {run.sequence}, {dataset.size('heldout'):,} held out",
+            "run": f"{run.steps:,} steps x {run.batch} rows = {count(tokens)} tokens ({run.steps * run.batch / train:.2f} epochs)",
+            "devices": f"{program.mesh.size} x {jax.devices()[0].device_kind}{here}",
+            "mesh": f"{run.mesh.name}: {axes}; layout {run.layout.name}",
+            "compute": f"{program.compute.operands} products, {program.accumulate} microbatches, remat {run.remat}",
+            "memory": f"per device: parameters {memory(bytes_per_device(state.model, program.mesh))}, "
+            f"optimizer {memory(bytes_per_device(state.opt, program.mesh))}",
+            "folder": str(run.folder()),
+        },
+    )
+    if jax.process_count() > 1:
+        print(system.describe(program.batch_sharding(), run.batch), flush=True)
+
+
+def samples(program: Program, state: State, dataset, folder: Path, display: Display, first: bool) -> None:
+    """Completes the run's prompts, shows them and keeps them in samples/."""
+    run = program.run
+    if not run.prompts or dataset.tokenizer is None:
+        return
+    tokenizer, positions = dataset.tokenizer, min(run.sequence, run.model.positions)
+    how = Sampling(tokens=min(64, positions // 2))
+    prompts = [tokenizer.encode(text).ids[-(positions - how.tokens) :] for text in run.prompts]
+    texts = [tokenizer.decode(tokens) for tokens in complete(state.model, prompts, how, positions=positions, end=dataset.end)]
+    for prompt, text in zip(run.prompts, texts, strict=True):
+        display.sample(prompt, text)
+    if first:
+        path = folder / "samples" / f"{run.steps}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps([dict(prompt=p, text=t) for p, t in zip(run.prompts, texts, strict=True)], indent=1))
+
+
+def summary(run: Run, facts: dict[str, float], dataset, folder: Path, display: Display, seconds: float) -> None:
+    """How it ended, against general-purpose compressors where the data is text, and what to do next."""
+    if "bits_per_byte" in facts:
+        rows = [(f"llmjax {run.name}", facts["bits_per_byte"]), *sorted(dataset.baselines.items(), key=lambda kv: kv[1])]
+        display.table(["held-out text", "bits per byte"], [[name, f"{bits:.3f}"] for name, bits in rows])
+    speed = [m["tokens_per_s"] for m in read(folder / "metrics.jsonl") if m.get("tokens_per_s")]
+    rate = f", {sorted(speed)[len(speed) // 2]:,.0f} tokens/s" if speed else ""
+    display.say(f"Done: {run.steps:,} steps in {duration(seconds)}{rate}; checkpoints, metrics and samples in {folder}.")
+    display.say(next_steps(run))
+
+
+def next_steps(run: Run) -> str:
+    """What a user can do with a finished run."""
+    at = "" if run.runs == "runs" else f" --runs {run.runs}"
+    lines = [f"  llmjax train {run.name} --name again --steps {2 * run.steps}   trains a longer run"]
+    if run.prompts:
+        lines.insert(0, f'  llmjax generate {run.name}{at} --prompt "def parse"')
+    return "Next:\n" + "\n".join(lines)
+
+
+def write_environment(folder: Path, program: Program, devices: list) -> None:
+    """env.json: versions, commit, devices and mesh of this start."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "llmjax")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    facts = dict(
+        python=platform.python_version(),
+        versions={name: importlib.metadata.version(name) for name in packages},
+        commit=git.stdout.strip() or None,
+        devices=[str(device) for device in devices[:64]],
+        device_count=len(devices),
+        device_kind=devices[0].device_kind,
+        processes=jax.process_count(),
+        mesh=dict(program.mesh.shape),
+        layout=program.run.layout.name,
+    )
+    (folder / "env.json").write_text(json.dumps(facts, indent=1) + "\n")
