@@ -127,13 +127,18 @@ def split(names: Iterable[str], fraction: float) -> tuple[list[str], list[str]]:
 def hold_out(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """Splits a corpus into training and held-out documents.
 
-    Whole files as `split` says. Where that would leave a side empty, as with a single file, the end of the
-    corpus is held out instead, cut at the end of the line that is nearest before the last `fraction`.
+    Whole files as `split` says, but a file that alone would be more than half of the held-out text is always
+    trained on: an average over files should not be the score of one. Where that would leave a side empty, as with a
+    single file, the end of the corpus is held out instead, cut at the end of the line that is nearest before the last
+    `fraction`.
 
     Raises:
       Refused: `fraction` is out of range (code 2), or there is too little text for two sides (code 65).
     """
-    train, heldout = (set(names) for names in split((d.name for d in documents), fraction))
+    largest = sum(len(d.text) for d in documents) * fraction / 2
+    chosen = set(split((d.name for d in documents), fraction)[1])
+    heldout = {d.name for d in documents if d.name in chosen and len(d.text) <= largest}
+    train = {d.name for d in documents} - heldout
     if train and heldout:
         return [d for d in documents if d.name in train], [d for d in documents if d.name in heldout]
     return _cut(documents, fraction)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmjax.data import corpus, store
-from llmjax.data.tokenizer import BPE, Bytes, TokenizerFile, load
+from llmjax.data.tokenizer import BPE, Bytes, TokenizerFile, end_of_text, load
 from llmjax.errors import DATA, USAGE, Refused
 
 if TYPE_CHECKING:
@@ -55,6 +55,16 @@ class TextDataset:
         return self.store.record["heldout"]["bytes"]
 
     @property
+    def heldout_tokens(self) -> int:
+        """Targets in the held-out rows."""
+        return len(self.store.heldout) - 1
+
+    @functools.cached_property
+    def end(self) -> int:
+        """The token that stands between documents."""
+        return end_of_text(self.tokenizer)
+
+    @property
     def baselines(self) -> dict[str, float]:
         """Bits per byte of `gzip -9` and `xz -9`, each held-out file compressed by itself."""
         return dict(self.store.record["baselines"])
@@ -72,7 +82,7 @@ class TextDataset:
         stream, size, length = self._stream(split), self.size(split), self.sequence
         window_NU = np.zeros((len(rows), length + 1), np.int32)
         weights_NT = np.zeros((len(rows), length), np.float32)
-        for n, row in enumerate(_checked(rows, None).tolist()):
+        for n, row in enumerate(_checked(rows).tolist()):
             piece = stream[row * length : row * length + length + 1] if row < size else ()
             window_NU[n, : len(piece)] = piece
             weights_NT[n, : max(0, len(piece) - 1)] = 1
@@ -118,7 +128,7 @@ class SyntheticDataset:
 
     def examples(self, split: str, rows: np.ndarray) -> dict[str, np.ndarray]:
         """`tokens` and `targets`, int32 [n, T], and `weights`, float32 [n, T]: 0 in rows from `size(split)` on."""
-        rows_N = _checked(rows, None)
+        rows_N = _checked(rows)
         first = {"train": 0, "heldout": self.rows}[split]
         window_NU = _affine(rows_N + first, self.sequence + 1, self.vocab)
         weights_NT = np.broadcast_to((rows_N < self.size(split))[:, None], window_NU[:, 1:].shape).astype(np.float32)
@@ -153,6 +163,8 @@ def _mix(bits: np.ndarray) -> np.ndarray:
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArrayDataset:
     """Arrays of any meaning; a row is an index into their first dim.
+
+    Rows also have `weights`, float32 [n]: 1, or 0 from `size(split)` on.
 
     Raises:
       Refused: the arrays of a split differ in length (code 65).
@@ -193,8 +205,10 @@ class ArrayDataset:
 
     def examples(self, split: str, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays' entries at `rows`: [n, ...]."""
-        rows_N = _checked(rows, self.size(split))
-        return {name: array[rows_N] for name, array in self._arrays(split).items()}
+        rows_N, size = _checked(rows), self.size(split)
+        real_N = rows_N < size
+        picked = {name: array[np.where(real_N, rows_N, 0)] for name, array in self._arrays(split).items()}
+        return picked | {"weights": real_N.astype(np.float32)}
 
     def _arrays(self, split: str) -> dict[str, np.ndarray]:
         return {"train": self.train, "heldout": self.heldout}[split]
@@ -266,11 +280,11 @@ def check_rows(dataset: Dataset, batch: int) -> None:
         )
 
 
-def _checked(rows: np.ndarray, size: int | None) -> np.ndarray:
+def _checked(rows: np.ndarray) -> np.ndarray:
     """NumPy would take a negative row from the end; a row that does not exist is a bug of the caller."""
     rows_N = np.asarray(rows, np.int64)
-    if rows_N.size and (rows_N.min() < 0 or (size is not None and rows_N.max() >= size)):
-        raise IndexError(f"rows {rows_N.min()} to {rows_N.max()} of a dataset of {size} rows")
+    if rows_N.size and rows_N.min() < 0:
+        raise IndexError(f"row {rows_N.min()} of a dataset")
     return rows_N
 
 

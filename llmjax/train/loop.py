@@ -138,9 +138,8 @@ def evaluate(program: Program, state: State, dataset, ledger: Ledger, step: int,
     size = size if rows is None else min(rows, size)
     sums = []
     for first in range(0, size, batch):
-        wanted = np.arange(first, first + batch)
-        picked = np.where(wanted < size, wanted, -1)  # -1: a row of weight 0
-        arrays = place(dataset, "heldout", picked, accumulate=program.accumulate, sharding=program.batch_sharding())
+        wanted = np.arange(first, first + batch)  # rows past the end have weight 0
+        arrays = place(dataset, "heldout", wanted, accumulate=program.accumulate, sharding=program.batch_sharding())
         sums.append(program.evaluate(state.model, arrays))
     nats, weight = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
     facts = dict(eval_loss=nats / weight)

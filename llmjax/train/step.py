@@ -55,7 +55,7 @@ def train_step(
     total, weight, grads = gradients(state.model, batch, loss, mean=mean)
     updates, opt = tx.update(grads, state.opt, state.model)
     model = optax.apply_updates(state.model, updates)
-    return State(state.step + 1, model, opt), dict(loss=total, grad_norm=optax.global_norm(grads), weight=weight)
+    return State(state.step + 1, model, opt), dict(loss=total, grad_norm=optax.tree.norm(grads), weight=weight)
 
 
 def eval_step(model: nnx.Module, batch: Batch, *, loss: Loss) -> tuple[jax.Array, jax.Array]:

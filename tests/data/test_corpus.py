@@ -15,6 +15,14 @@ def names(found):
     return [name for name, _ in found]
 
 
+def test_a_file_that_would_be_most_of_the_heldout_text_is_trained_on():
+    documents = [Document(f"{i}.txt", "x" * 100) for i in range(200)]
+    _, before = corpus.hold_out(documents, 0.1)
+    giant = Document(before[0].name, "x" * 5000)
+    train, heldout = corpus.hold_out([giant if d.name == giant.name else d for d in documents], 0.1)
+    assert giant in train and {d.name for d in heldout} == {d.name for d in before} - {giant.name}
+
+
 def test_standard_library_is_every_source_file_but_tests_and_installed_packages():
     found = names(corpus.standard_library())
     assert found == sorted(set(found)) and len(found) > 400
