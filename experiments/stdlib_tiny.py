@@ -1,16 +1,19 @@
 """A small Llama on the Python standard library's own source: no download, a few minutes on two CPU cores."""
 
+from llmjax.optim.adamw import AdamW
+from llmjax.optim.schedules import Cosine
+
 from llmjax.data.dataset import Text
 from llmjax.data.tokenizer import BPE
 from llmjax.models.llama import Llama
-from llmjax.optim.adamw import AdamW
-from llmjax.optim.schedules import Cosine
 from llmjax.run import Run
 from llmjax.train.loss import NextToken
 from meshes import local
 
 run = Run(
-    model=Llama(vocab=2048, layers=4, width=256, heads=4, kv_heads=4, head_dim=64, ff=704, positions=256, theta=1e4, tied=True),
+    model=Llama(
+        vocab=2048, layers=4, width=256, heads=4, kv_heads=4, head_dim=64, ff=704, positions=256, theta=1e4, tied=True
+    ),
     data=Text(tokenizer=BPE(vocab=2048)),
     optimizer=AdamW(lr=Cosine(3e-3, warmup=50)),
     loss=NextToken(),

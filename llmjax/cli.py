@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from llmjax.errors import IO, Refused
 
@@ -198,7 +198,9 @@ def _list(package: str, arguments: list[str]) -> int:
     from llmjax import names
 
     if arguments:
-        print(f"llmjax {package}: lists what `--{package[:-2] if package == 'meshes' else 'EXPERIMENT'}` can be; it takes no options.")
+        print(
+            f"llmjax {package}: lists what `--{package[:-2] if package == 'meshes' else 'EXPERIMENT'}` can be; it takes no options."
+        )
     found = names.names(package)
     for name, line in found.items():
         print(f"{name:<{max(map(len, found))}}  {line}")

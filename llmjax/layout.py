@@ -54,7 +54,9 @@ class Layout:
 
     def axes(self) -> frozenset[str]:
         """The mesh axes this layout cuts anything over."""
-        return frozenset(a for m in (self.params, self.stream, self.inner) for value in m.values() for a in axes_of(value))
+        return frozenset(
+            a for m in (self.params, self.stream, self.inner) for value in m.values() for a in axes_of(value)
+        )
 
     def rest(self) -> str:
         """The axis that takes the devices nobody asked for: `fsdp` where parameters are cut over it, else `data`."""

@@ -107,7 +107,10 @@ def from_json(value: Any) -> Any:
     fields = {k: from_json(v) for k, v in value.items() if k != "is"}
     unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
-        raise Refused(f"run.json has fields that {cls.__name__} lacks ({', '.join(unknown)}): it was written by another version.", DATA)
+        raise Refused(
+            f"run.json has fields that {cls.__name__} lacks ({', '.join(unknown)}): it was written by another version.",
+            DATA,
+        )
     return cls(**fields)
 
 
@@ -133,7 +136,9 @@ def _named(name: str) -> Any:
         for part in path.split("."):
             thing = getattr(thing, part)
     except (ImportError, AttributeError) as error:
-        raise Refused(f"run.json names {name}, which cannot be imported here ({error}): install what defines it.", DATA) from error
+        raise Refused(
+            f"run.json names {name}, which cannot be imported here ({error}): install what defines it.", DATA
+        ) from error
     return thing
 
 
@@ -146,7 +151,9 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     cut = {d: [a for a in layouts.axes_of(value) if sizes[a] > 1] for d, value in run.layout.inner.items()}
     ways = math.prod(sizes[a] for a in cut.get("B", ())) * accumulate
     if run.batch % ways:
-        shown = " x ".join([*(f"{a} {sizes[a]}" for a in cut.get("B", ())), *([f"accumulate {accumulate}"] if accumulate > 1 else [])])
+        shown = " x ".join(
+            [*(f"{a} {sizes[a]}" for a in cut.get("B", ())), *([f"accumulate {accumulate}"] if accumulate > 1 else [])]
+        )
         raise Refused(
             f"batch is {run.batch}, which {shown} = {ways} does not divide: "
             f"use batch {max(1, round(run.batch / ways)) * ways}, or other axes or accumulation."
@@ -169,7 +176,9 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
             f"lower --sequence or raise --model.positions."
         )
     if letters["H"] % letters["G"]:
-        raise Refused(f"model.heads is {letters['H']}, not a multiple of model.kv_heads {letters['G']}: choose a multiple.")
+        raise Refused(
+            f"model.heads is {letters['H']}, not a multiple of model.kv_heads {letters['G']}: choose a multiple."
+        )
 
 
 _WORDS = dict(D="model.width", H="model.heads", G="model.kv_heads", F="model.ff", V="model.vocab", T="sequence")

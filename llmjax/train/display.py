@@ -22,7 +22,11 @@ def bytes_per_device(tree: Any, mesh) -> int:
         spec = x.sharding.spec if getattr(x, "sharding", None) is not None else jax.P()
         return math.prod(NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
 
-    return sum(of(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape") and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+    return sum(
+        of(x)
+        for x in jax.tree.leaves(tree)
+        if hasattr(x, "shape") and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
 
 
 def count(number: float) -> str:

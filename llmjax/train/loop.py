@@ -114,7 +114,9 @@ class reporter:
             tokens_per_s=rate, step_ms=1e3 * seconds, mfu=self.mfu(rate), data_wait_ms=pending.waited_ms,
         )  # fmt: skip
         mean = sum(self.recent or [seconds]) / len(self.recent or [seconds])
-        self.ledger.display.step(step + 1, run.steps, loss, self.tokens / mean, 1e3 * mean, (run.steps - step - 1) * mean)
+        self.ledger.display.step(
+            step + 1, run.steps, loss, self.tokens / mean, 1e3 * mean, (run.steps - step - 1) * mean
+        )
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise Refused(
                 f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}, so training stopped and this step "
@@ -132,7 +134,9 @@ def learning_rates(optimizer, steps: int) -> np.ndarray:
     return np.asarray(jax.vmap(optimizer.lr.build(steps))(np.arange(steps)))
 
 
-def evaluate(program: Program, state: State, dataset, ledger: Ledger, step: int, rows: int | None = None) -> dict[str, float]:
+def evaluate(
+    program: Program, state: State, dataset, ledger: Ledger, step: int, rows: int | None = None
+) -> dict[str, float]:
     """Held-out loss in nats per target, and bits per byte where the data is text, over all rows or the first `rows`."""
     size, batch = dataset.size("heldout"), program.run.batch
     size = size if rows is None else min(rows, size)

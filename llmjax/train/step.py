@@ -29,7 +29,9 @@ def init(build: Callable[[jax.Array], nnx.Module], tx: optax.GradientTransformat
     return State(jnp.int32(0), model, tx.init(model))
 
 
-def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True) -> tuple[jax.Array, jax.Array, nnx.Module]:
+def gradients(
+    model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True
+) -> tuple[jax.Array, jax.Array, nnx.Module]:
     """(loss, weight, gradients) of a batch whose arrays lead with [A, B]: a sum over A microbatches, one at a time.
 
     With `mean`, loss and gradients are divided by the weight of the whole batch, so neither masks nor the number of

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import json
-import math
 import platform
 import subprocess
 import time
@@ -93,9 +92,13 @@ def claim(run: Run, first: bool) -> Path:
             scratch.write_text(json.dumps(asked, indent=1) + "\n")
             scratch.replace(folder / "run.json")
     except OSError as error:
-        raise Refused(f"{folder} cannot be used as run directory ({error.strerror}): choose another folder with --runs.", IO) from error
+        raise Refused(
+            f"{folder} cannot be used as run directory ({error.strerror}): choose another folder with --runs.", IO
+        ) from error
     except json.JSONDecodeError as error:
-        raise Refused(f"{folder / 'run.json'} is not JSON ({error}): restore it or start afresh with another --name.", DATA) from error
+        raise Refused(
+            f"{folder / 'run.json'} is not JSON ({error}): restore it or start afresh with another --name.", DATA
+        ) from error
     return folder
 
 
@@ -186,7 +189,9 @@ def samples(program: Program, state: State, dataset, folder: Path, display: Disp
     tokenizer, positions = dataset.tokenizer, min(run.sequence, run.model.positions)
     how = Sampling(tokens=min(64, positions // 2))
     prompts = [tokenizer.encode(text).ids[-(positions - how.tokens) :] for text in run.prompts]
-    texts = [tokenizer.decode(tokens) for tokens in complete(state.model, prompts, how, positions=positions, end=dataset.end)]
+    texts = [
+        tokenizer.decode(tokens) for tokens in complete(state.model, prompts, how, positions=positions, end=dataset.end)
+    ]
     for prompt, text in zip(run.prompts, texts, strict=True):
         display.sample(prompt, text)
     if first:
@@ -198,11 +203,16 @@ def samples(program: Program, state: State, dataset, folder: Path, display: Disp
 def summary(run: Run, facts: dict[str, float], dataset, folder: Path, display: Display, seconds: float) -> None:
     """How it ended, against general-purpose compressors where the data is text, and what to do next."""
     if "bits_per_byte" in facts:
-        rows = [(f"llmjax {run.name}", facts["bits_per_byte"]), *sorted(dataset.baselines.items(), key=lambda kv: kv[1])]
+        rows = [
+            (f"llmjax {run.name}", facts["bits_per_byte"]),
+            *sorted(dataset.baselines.items(), key=lambda kv: kv[1]),
+        ]
         display.table(["held-out text", "bits per byte"], [[name, f"{bits:.3f}"] for name, bits in rows])
     speed = [m["tokens_per_s"] for m in read(folder / "metrics.jsonl") if m.get("tokens_per_s")]
     rate = f", {sorted(speed)[len(speed) // 2]:,.0f} tokens/s" if speed else ""
-    display.say(f"Done: {run.steps:,} steps in {duration(seconds)}{rate}; checkpoints, metrics and samples in {folder}.")
+    display.say(
+        f"Done: {run.steps:,} steps in {duration(seconds)}{rate}; checkpoints, metrics and samples in {folder}."
+    )
     display.say(next_steps(run))
 
 
@@ -218,7 +228,9 @@ def next_steps(run: Run) -> str:
 def write_environment(folder: Path, program: Program, devices: list) -> None:
     """env.json: versions, commit, devices and mesh of this start."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "llmjax")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
     facts = dict(
         python=platform.python_version(),
         versions={name: importlib.metadata.version(name) for name in packages},

@@ -29,7 +29,9 @@ def tokens(step: int) -> np.ndarray:
     random = np.random.default_rng(step)
     rows = [random.integers(0, 96, (BATCH, 1))]
     for _ in range(SEQUENCE):
-        rows.append(np.where(random.random((BATCH, 1)) < 0.1, random.integers(0, 96, (BATCH, 1)), (5 * rows[-1] + 3) % 96))
+        rows.append(
+            np.where(random.random((BATCH, 1)) < 0.1, random.integers(0, 96, (BATCH, 1)), (5 * rows[-1] + 3) % 96)
+        )
     return np.concatenate(rows, 1).astype(np.int32)
 
 
