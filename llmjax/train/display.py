@@ -9,8 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_SECONDS = 10  # between two progress lines where there is no terminal
 
@@ -80,6 +82,11 @@ class Display:
         for row in rows:
             table.add_row(*row)
         self.console.print(table, markup=False)
+
+    def sample(self, prompt: str, text: str) -> None:
+        """A prompt and what the model makes of it."""
+        shown = Text(prompt, style="bold").append(text, style="not bold cyan")
+        self.console.print(Padding(shown, (0, 0, 1, 2)))
 
     @contextlib.contextmanager
     def progress(self, start: int, steps: int) -> Iterator[None]:

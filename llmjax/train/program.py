@@ -20,6 +20,9 @@ from llmjax.run import Run, check
 from llmjax.train import step as steps
 
 
+UNROLLED = 12  # layers per turn of the loop on a CPU, where a turn copies weights and activations
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A run on a mesh: the functions to call, and how its arrays are cut."""
@@ -66,6 +69,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         operands="bfloat16" if bfloat16 else "float32",
         activations="bfloat16" if bfloat16 and chip.platform != "cpu" else "float32",
         remat=run.remat,
+        unroll=min(getattr(run.model, "layers", 1), UNROLLED) if chip.platform == "cpu" else 1,
     )
     tx = transformation(run)
     flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None

@@ -1,0 +1,3 @@
+"""Whatever this machine has."""
+from llmjax.mesh import Cluster
+cluster=Cluster("local")
