@@ -2,7 +2,7 @@ import dataclasses, optax
 from llmjax.optim.schedules import Cosine
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    lr: Cosine = Cosine()
+    lr: object = Cosine()
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.1

@@ -1,0 +1,27 @@
+"""The size of nanoGPT's character model: for `llmjax bench`, on synthetic tokens."""
+
+from llmjax.data.dataset import Synthetic
+from llmjax.models.llama import Llama
+from llmjax.optim.adamw import AdamW
+from llmjax.optim.schedules import Constant
+from llmjax.run import Run
+from llmjax.train.loss import NextToken
+from meshes import local
+
+run = Run(
+    model=Llama(
+        vocab=65, layers=6, width=384, heads=6, kv_heads=6, head_dim=64, ff=1024, positions=256, theta=1e4, tied=True
+    ),
+    data=Synthetic(vocab=65),
+    optimizer=AdamW(lr=Constant(1e-3)),
+    loss=NextToken(),
+    mesh=local.cluster,
+    steps=200,
+    batch=16,
+    sequence=256,
+)
+
+if __name__ == "__main__":
+    from llmjax.cli import experiment
+
+    experiment(run)

@@ -1,0 +1,88 @@
+"""`llmjax generate`: text from any checkpoint of any run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from llmjax import mesh as meshes
+from llmjax import names, processes
+from llmjax.checkpoint.checkpoints import Checkpoints, like
+from llmjax.data.tokenizer import end_of_text, load
+from llmjax.errors import DATA, DONE, Refused
+from llmjax.evaluate.generate import Sampling, check, complete
+from llmjax.mesh import Axes
+from llmjax.run import Run, from_json
+from llmjax.train.display import Display
+from llmjax.train.program import make, resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Completes prompts with a trained run."""
+
+    run: tyro.conf.Positional[str]
+    "Name of a run, or the path of its directory."
+    prompt: tuple[str, ...] = ("def ",)
+    "Texts to complete."
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    step: int = -1
+    "Checkpoint to use; -1: the newest."
+    mesh: str = "local"
+    "Where to run: a name that `llmjax meshes` lists."
+    runs: str = "runs"
+    "Folder that holds run directories."
+
+
+def generate(asked: Generate) -> int:
+    """Prints the completions; returns an exit code."""
+    check(asked.sampling)
+    folder = find(asked.run, asked.runs)
+    run = read_run(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise Refused(f"{folder} has no tokenizer.json: only runs trained on text can complete text.", DATA)
+    tokenizer = load(folder / "tokenizer.json")
+    run = dataclasses.replace(run, mesh=names.load("meshes", asked.mesh, "cluster"), axes=Axes(), accumulate=1)
+    devices = processes.start(run.mesh, processes.Processes())
+    mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
+    program = make(run, mesh, meshes.chip_of(run.mesh, devices))
+    with program.context(), Checkpoints(folder / "checkpoints") as checkpoints:
+        step = choose_step(checkpoints, asked.step, folder)
+        model = checkpoints.restore(step, like(program.abstract_state(), mesh)).model
+        prompts = [tokenizer.encode(text).ids for text in asked.prompt]
+        positions = min(run.sequence, run.model.positions)
+        new = complete(model, prompts, asked.sampling, positions=positions, end=end_of_text(tokenizer))
+    display = Display()
+    for prompt, tokens in zip(asked.prompt, new, strict=True):
+        display.sample(prompt, tokenizer.decode(tokens))
+    return DONE
+
+
+def find(name: str, runs: str) -> Path:
+    """The directory of a run given by name or path."""
+    for folder in (Path(runs) / name, Path(name)):
+        if (folder / "run.json").is_file():
+            return folder
+    near = names.nearest(name, sorted(p.parent.name for p in Path(runs).glob("*/run.json")))
+    raise Refused(f"there is no run {name!r} in {runs}: {near}train one with llmjax train, or name its folder.")
+
+
+def read_run(folder: Path) -> Run:
+    """The Run that a directory holds."""
+    try:
+        return from_json(json.loads((folder / "run.json").read_text()))
+    except json.JSONDecodeError as error:
+        raise Refused(f"{folder / 'run.json'} is not JSON ({error}): restore the file.", DATA) from error
+
+
+def choose_step(checkpoints: Checkpoints, step: int, folder: Path) -> int:
+    """The checkpoint asked for, or the newest."""
+    steps = checkpoints.steps()
+    if not steps:
+        raise Refused(f"{folder} has no checkpoint yet: train it first (llmjax train {folder.name}).", DATA)
+    if step != -1 and step not in steps:
+        raise Refused(f"{folder} has no checkpoint of step {step}: choose one of {', '.join(map(str, steps))}.", DATA)
+    return steps[-1] if step == -1 else step
