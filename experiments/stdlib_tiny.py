@@ -1,11 +1,10 @@
 """A small Llama on the Python standard library's own source: no download, a few minutes on two CPU cores."""
 
-from llmjax.optim.adamw import AdamW
-from llmjax.optim.schedules import Cosine
-
 from llmjax.data.dataset import Text
 from llmjax.data.tokenizer import BPE
 from llmjax.models.llama import Llama
+from llmjax.optim.adamw import AdamW
+from llmjax.optim.schedules import Cosine
 from llmjax.run import Run
 from llmjax.train.loss import NextToken
 from meshes import local

@@ -24,20 +24,24 @@ class Chip:
 
     name: str
     platform: str  # as jax.devices()[0].platform says: cpu, gpu or tpu
-    kinds: tuple[str, ...] = ()  # substrings of jax.Device.device_kind that mean this chip
+    kinds: tuple[str, ...] = ()  # the values of jax.Device.device_kind that mean this chip
     flops: float | None = None  # dense bfloat16 peak, FLOP/s; None: not known
     memory: float | None = None  # bytes; None: whatever the host has
     bandwidth: float | None = None  # memory, bytes/s
     link: float | None = None  # fast network, bytes/s, one way: one ICI axis, or NVLink egress
     network: float | None = None  # slow network, bytes/s per chip
 
+    def named(self, kind: str) -> bool:
+        """Whether `device_kind` means this chip: the whole name, as a GH200 is no H200 and an H200 NVL is slower."""
+        return kind.lower() in (known.lower() for known in self.kinds)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """A set of equal chips.
 
-    `chips` is their number over all slices, or None for "every device this process group finds". `emulated` asks
-    for that many CPU devices on one machine. `tensor` is how many chips a tensor-parallel layout uses for one
+    `chips` is the number of JAX devices over all slices, or None for "every device this process group finds" (a TPU
+    7x chip is two devices). `emulated` asks for that many CPU devices on one machine. `tensor` is how many chips a tensor-parallel layout uses for one
     matrix unless the run says otherwise.
     """
 
@@ -120,18 +124,35 @@ def abstract_mesh(axes: Axes) -> AbstractMesh:
 def device_mesh(axes: Axes, devices: list[jax.Device], slices: int = 1) -> Mesh:
     """The mesh over real devices, ordered so that neighbouring axes stay on fast links.
 
-    With several slices, `data` spans them and everything else stays inside one.
+    With several TPU slices, `data` spans them and everything else stays inside one.
+
+    Raises:
+      Refused: `data` cannot span the slices found.
     """
-    sizes = axes.sizes()
-    if slices > 1 and axes.data % slices == 0 and len({getattr(d, "slice_index", 0) for d in devices}) == slices:
-        across = (slices, *[1] * (len(AXES) - 1))
-        inside = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
-    elif devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(sizes, devices)
-    else:
-        grid = np.array(devices).reshape(sizes)
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return Mesh(device_grid(axes, devices, slices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def device_grid(axes: Axes, devices: list[jax.Device], slices: int = 1) -> np.ndarray:
+    """The devices as an array with one dim per mesh axis; see `device_mesh`.
+
+    Only TPUs have a torus to follow. Other devices come ordered by process, so the last axes stay inside a node.
+    """
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(axes.sizes())
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and found != slices:
+        raise Refused(f"the mesh has {slices} slices, but the devices are of {found}: choose a mesh of {found}.")
+    if axes.data % found:
+        raise Refused(
+            f"axes.data is {axes.data}, but there are {found} slices with a slow network between them: "
+            f"set axes.data to a multiple of {found}."
+        )
+    # An axis may take part of a torus axis (tensor 4 on 16x16): JAX splits one only where no whole axes fit.
+    if found == 1:
+        return mesh_utils.create_device_mesh(axes.sizes(), devices, allow_split_physical_axes=True)
+    inside = (axes.data // found, *axes.sizes()[1:])
+    across = (found, *[1] * (len(AXES) - 1))
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def chip_of(cluster: Cluster, devices: list[jax.Device]) -> Chip:
@@ -140,6 +161,6 @@ def chip_of(cluster: Cluster, devices: list[jax.Device]) -> Chip:
         return cluster.chip
     device = devices[0]
     for chip in cluster.known:
-        if chip.platform == device.platform and any(kind.lower() in device.device_kind.lower() for kind in chip.kinds):
+        if chip.platform == device.platform and chip.named(device.device_kind):
             return chip
     return Chip(name=device.device_kind, platform=device.platform)

@@ -1,20 +1,320 @@
-import dataclasses, jax
+"""The processes of a run: joining a cluster, a loopback cluster on one machine, and leaving."""
+
+import dataclasses
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from llmjax.errors import DATA, DONE, IO, NON_FINITE, PEER_LOST, PREEMPTED, USAGE, Refused
+from llmjax.mesh import Cluster
+
+GRACE = 5.0  # seconds that the others get to end by themselves once one process has failed, and again once told to
+
+
 @dataclasses.dataclass(frozen=True)
 class Processes:
+    """For a cluster that is not detected; `llmjax launch` fills this in for a cluster on one machine."""
+
     coordinator: str = ""
+    "host:port of process 0. Empty: SLURM, Open MPI, Kubernetes and Cloud TPU are detected."
     count: int = 0
+    "Number of processes. 1 without a coordinator: run alone, detect nothing."
     index: int = -1
+    "Which of them this is, from 0."
     devices: int = 0
-def start(cluster, processes):
-    if cluster.emulated:
-        jax.config.update("jax_platforms","cpu"); jax.config.update("jax_num_cpu_devices", processes.devices or cluster.chips)
+    "Emulated CPU devices of each process; 0: the devices of the mesh."
+
+
+def start(cluster: Cluster, processes: Processes | None = None) -> list[jax.Device]:
+    """Joins the run's processes and returns the devices of the mesh, all processes together.
+
+    Call it before anything touches a JAX backend. On a lone machine it neither prints, waits nor opens a port.
+
+    Raises:
+      Refused: the process settings contradict each other, or the mesh is not what was found.
+    """
+    processes = processes or Processes()
+    _check(cluster, processes)
+    each = processes.devices or (cluster.chips // max(processes.count, 1) if cluster.emulated else 0)
+    if each:
+        _emulate(each)
     if processes.coordinator:
-        jax.config.update("jax_platforms","cpu"); jax.config.update("jax_num_cpu_devices", processes.devices)
-        jax.distributed.initialize(processes.coordinator, processes.count, processes.index)
-    return jax.devices()
-def barrier(name):
-    if jax.process_count()>1:
+        _join(processes)
+    elif not each and processes.count != 1:
+        _detect(os.environ)
+    devices = jax.devices()
+    if jax.process_count() > 1 and devices[0].platform == "cpu":
+        _hide_foreign_output()
+    return _matching(cluster, devices, jax.process_count())
+
+
+def _check(cluster: Cluster, processes: Processes) -> None:
+    """Refuses settings that contradict each other, before anything is started."""
+    if processes.coordinator:
+        host, _, port = processes.coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise Refused(f"processes.coordinator is '{processes.coordinator}': give host:port, e.g. 10.0.0.1:8476.")
+        if processes.count < 1:
+            raise Refused(f"processes.count is {processes.count}: say how many processes share the coordinator.")
+        if not 0 <= processes.index < processes.count:
+            raise Refused(f"processes.index is {processes.index}: give 0 to {processes.count - 1}, one each.")
+    elif processes.count > 1 or processes.index > 0:
+        raise Refused("processes.coordinator is empty: give host:port of process 0, or use `llmjax launch`.")
+    if processes.devices < 0:
+        raise Refused(f"processes.devices is {processes.devices}: give a positive number, or 0 for the mesh's own.")
+    if cluster.emulated:
+        count = max(processes.count, 1)
+        total = processes.devices * count or cluster.chips
+        if cluster.chips % count or total != cluster.chips:
+            raise Refused(
+                f"mesh {cluster.name} has {cluster.chips} devices, which {count} processes"
+                f"{f' of {processes.devices} devices' if processes.devices else ''} do not make: "
+                "choose --mesh local, or numbers that multiply to it."
+            )
+
+
+def _emulate(devices: int) -> None:
+    if jax.config.jax_num_cpu_devices == devices and jax.config.jax_platforms == "cpu":
+        return  # a second run in one interpreter: JAX refuses even an unchanged value once a backend exists
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_platforms", "cpu")
+    except RuntimeError:
+        if jax.devices()[0].platform != "cpu":
+            raise
+
+
+def _join(processes: Processes) -> None:
+    loopback = processes.coordinator.startswith("127.")
+    if loopback:
+        jax.config.update("jax_check_proxy_envs", False)  # a proxy is never asked for this machine: no warning
+    jax.distributed.initialize(
+        processes.coordinator,
+        processes.count,
+        processes.index,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=processes.coordinator if loopback else None,  # the default binds every interface
+    )
+
+
+def _detect(environment: Mapping[str, str]) -> None:
+    """Joins the cluster that JAX detects, if there is one.
+
+    JAX detects by environment variables, and by a TPU on the PCI bus before it asks for any metadata; alone, it
+    raises ValueError at once, with nothing started.
+    """
+    if jax.distributed.is_initialized() or _lone_task(environment):
+        return
+    if (
+        "JOB_COMPLETION_INDEX" in environment
+        and not importlib.util.find_spec("kubernetes")
+        and not _tpu_pod(environment)
+    ):
+        raise Refused(
+            "This pod belongs to an indexed Kubernetes Job, and the package that finds its peers is missing: "
+            "pip install 'jax[k8s]', give --processes.coordinator, count and index, or --processes.count 1 to run alone."
+        )
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address" not in str(error):
+            raise Refused(
+                f"JAX found part of a cluster only ({error}): give --processes.coordinator, count and index."
+            ) from error
+    except RuntimeError as error:  # a notebook that has used JAX already may still train alone
+        if "must be called before" not in str(error) or _launched(environment) or jax.devices()[0].platform == "tpu":
+            raise
+
+
+def _lone_task(environment: Mapping[str, str]) -> bool:
+    """One task or pod of its own, which JAX would treat as a cluster of one, with one GPU, or warn about."""
+    if environment.get("OMPI_COMM_WORLD_SIZE", environment.get("SLURM_NTASKS")) == "1":
+        return True
+    pod = "KUBERNETES_SERVICE_HOST" in environment
+    return pod and not _launched(environment) and not _tpu_pod(environment)
+
+
+def _launched(environment: Mapping[str, str]) -> bool:
+    return any(key in environment for key in ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"))
+
+
+def _tpu_pod(environment: Mapping[str, str]) -> bool:
+    return any(key in environment for key in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
+
+
+def _matching(cluster: Cluster, devices: list[jax.Device], processes: int) -> list[jax.Device]:
+    """The devices that make up the mesh; Refused where these cannot."""
+    wanted, found, kind = cluster.chips, len(devices), devices[0].device_kind
+    emulate = "choose --mesh local, or emulate eight CPU devices with --mesh cpu8"
+    if wanted is not None and found < wanted:
+        needs = f"{wanted} device{'s' * (wanted > 1)}"
+        where = "this machine has" if processes == 1 else f"these {processes} processes have"
+        raise Refused(f"mesh {cluster.name} needs {needs} and {where} {found} {kind}: {emulate}.")
+    if cluster.chip is not None and cluster.chip.platform != devices[0].platform:
+        raise Refused(f"mesh {cluster.name} is of {cluster.chip.name} chips and this machine has {kind}: {emulate}.")
+    if cluster.chip is not None and cluster.chip.kinds and not cluster.chip.named(kind):
+        raise Refused(
+            f"mesh {cluster.name} is of {cluster.chip.name} chips and these are '{kind}', whose peak and memory "
+            "differ: choose --mesh local, or write a mesh for them."
+        )
+    if wanted is not None and found > wanted and processes > 1:
+        raise Refused(
+            f"mesh {cluster.name} needs {wanted} devices and these {processes} processes have {found}: "
+            "start fewer processes, or choose --mesh local."
+        )
+    return devices[:wanted]
+
+
+def _hide_foreign_output() -> None:
+    """Keeps stdout for Python: Gloo prints a line there for every group of processes it connects, at any time."""
+    if sys.stdout is not sys.__stdout__:
+        return  # captured by someone who knows what they do
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    sys.stdout = sys.__stdout__ = open(  # noqa: SIM115  lives as long as the process
+        kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1
+    )
+
+
+def barrier(name: str) -> None:
+    """Returns once every process has come here; at once where there is one."""
+    if jax.process_count() > 1:
         from jax.experimental import multihost_utils
+
         multihost_utils.sync_global_devices(name)
-def describe(*a): return "x"
-def launch(*a): return 1
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether this error of a collective means that another process is gone."""
+    text = str(error)
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "heartbeat timeout")
+    )
+
+
+def leave(code: int) -> None:
+    """Ends this process; on failure at once, without the wait for its peers that JAX adds to a normal exit.
+
+    That wait lasts up to five minutes, while the peers wait for this process in a collective.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code not in (DONE, PREEMPTED) and jax.distributed.is_initialized() and jax.process_count() > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+def describe(devices: Sequence[jax.Device], rows: range | None = None, batch: int = 0) -> str:
+    """This process's share, for its log: "process 1 of 2: 4 of 8 devices, rows 32..63 of 64"."""
+    here = sum(device.process_index == jax.process_index() for device in devices)
+    share = f"process {jax.process_index()} of {jax.process_count()}: {here} of {len(devices)} devices"
+    if rows is None:
+        return share
+    return f"{share}, rows {rows.start}..{rows.stop - 1} of {batch}" if rows else f"{share}, no rows of {batch}"
+
+
+def launch(processes: int, devices: int, arguments: Sequence[str], folder: Path, module: str = "llmjax.cli") -> int:
+    """Runs `python -m module arguments` as a cluster of processes on this machine and returns its exit code.
+
+    Process 0 has this terminal; process i > 0 writes to `folder/process_<i>.log`. When one fails, the others get a
+    moment and are then ended. SIGINT and SIGTERM are passed on and the processes waited for. Call it from the main
+    thread.
+
+    Raises:
+      Refused: fewer than one process or device.
+    """
+    if processes < 1 or devices < 1:
+        raise Refused(f"launch got {processes} processes of {devices} devices: give at least one of each.")
+    folder.mkdir(parents=True, exist_ok=True)
+    address = f"127.0.0.1:{_free_port()}"
+    children: list[subprocess.Popen] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        for child in children:
+            child.send_signal(number)  # does nothing to one that has ended
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for index in range(processes):
+            own = {"coordinator": address, "count": processes, "index": index, "devices": devices}
+            flags = [word for key, value in own.items() for word in (f"--processes.{key}", str(value))]
+            command = [sys.executable, "-m", module, *arguments, *flags]
+            children.append(_spawn(command, folder / f"process_{index}.log" if index else None))
+        return exit_code(_wait(children))
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _spawn(command: list[str], log: Path | None) -> subprocess.Popen:
+    # A process group of its own: the terminal's Ctrl-C then reaches a child once, through the launcher. gRPC would
+    # ask an http_proxy even for this machine.
+    options = {"process_group": 0, "env": os.environ | {"no_grpc_proxy": "127.0.0.1"}, "stdin": subprocess.DEVNULL}
+    if log is None:
+        return subprocess.Popen(command, **options)
+    with log.open("wb") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
+
+
+def _wait(children: list[subprocess.Popen]) -> list[int]:
+    """Waits for all; returns the codes of those that ended by themselves, the first to end first."""
+    codes: dict[int, int] = {}
+    failed_at = told_at = None
+    while len(codes) < len(children):
+        for child in children:
+            if child.pid not in codes and child.poll() is not None:
+                codes[child.pid] = child.returncode
+                if child.returncode not in (DONE, PREEMPTED):
+                    failed_at = failed_at or time.monotonic()
+        if failed_at and time.monotonic() - failed_at > GRACE:
+            break
+        time.sleep(0.05)
+    own = list(codes.values())
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+            told_at = time.monotonic()
+    for child in children:
+        try:
+            child.wait(max(0.0, GRACE - (time.monotonic() - told_at)) if told_at else None)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    return own
+
+
+def exit_code(codes: Sequence[int]) -> int:
+    """What a group of processes ended with: the cause, not its consequences.
+
+    A code of ours that names a cause wins; else the first that failed counts, where death by a signal is a lost peer,
+    as is the SIGABRT by which JAX ends the survivors of one.
+    """
+    failures = [code for code in codes if code != DONE]
+    for code in failures:
+        if code in (USAGE, DATA, NON_FINITE, IO):
+            return code
+    for code in failures:
+        if code != PREEMPTED:
+            return PEER_LOST if code < 0 else code
+    return failures[0] if failures else DONE
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

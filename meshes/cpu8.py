@@ -1,3 +1,6 @@
-"""8."""
+"""Eight emulated CPU devices on this machine: to try any layout without an accelerator."""
+
 from llmjax.mesh import Cluster
-cluster=Cluster("cpu8",chips=8,emulated=True,tensor=2)
+from meshes.chips import CPU
+
+cluster = Cluster("cpu8", CPU, chips=8, tensor=2, emulated=True)

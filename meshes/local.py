@@ -1,3 +1,6 @@
-"""Whatever this machine has."""
+"""Whatever this machine, or this group of processes, has."""
+
 from llmjax.mesh import Cluster
-cluster=Cluster("local")
+from meshes.chips import KNOWN
+
+cluster = Cluster("local", known=KNOWN)

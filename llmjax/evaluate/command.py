@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 
 from llmjax import mesh as meshes

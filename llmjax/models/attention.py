@@ -48,6 +48,7 @@ def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array) -> jax.Ar
     """
     place, (B, T, H, K), G = nn.how().layout.gathered, q_BTHK.shape, k_BSGK.shape[2]
     q_BTGRK = jnp.reshape(q_BTHK, (B, T, G, H // G, K), out_sharding=place("BTGRK"))
+    k_BSGK, v_BSGK = (jax.reshard(x, place("BSGK")) for x in (k_BSGK, v_BSGK))
     return jnp.reshape(_attend(q_BTGRK, k_BSGK, v_BSGK), (B, T, H, K), out_sharding=place("BTHK"))
 
 

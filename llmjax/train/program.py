@@ -19,7 +19,6 @@ from llmjax.models import nn
 from llmjax.run import Run, check
 from llmjax.train import step as steps
 
-
 UNROLLED = 12  # layers per turn of the loop on a CPU, where a turn copies weights and activations
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 
 import llmjax
-
 from llmjax import mesh as meshes
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints, like

@@ -1,0 +1,108 @@
+"""Facts of each chip, with the source beside each value.
+
+A `Chip` is what JAX calls one device. Bytes are decimal (10^9 per GB) everywhere. FLOP/s are dense bfloat16 peaks.
+Sources, by the short names used below:
+
+    book-tpu  jax-ml/scaling-book, tpus.md (network figures at commit 54e2c439)
+    book-gpu  jax-ml/scaling-book, gpus.md at commit 1a55377
+    google    cloud.google.com/tpu/docs, the page of that TPU version
+    maxtext   AI-Hypercomputer/maxtext, the peak it divides by
+    jax       jax/_src/pallas/mosaic/tpu_info.py (0.10.2): which device_kind is which chip
+"""
+
+from llmjax.mesh import Chip
+
+# A CPU's peak depends on the model, the clock and the cores: nothing here could be true of every machine.
+CPU = Chip("cpu", "cpu", kinds=("cpu",))
+
+A100 = Chip(
+    "A100",
+    "gpu",
+    kinds=("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM-80GB"),  # the 40 GB and PCIe cards are other chips
+    flops=312e12,  # book-gpu (3.1e14, unrounded)
+    memory=80e9,  # book-gpu
+    bandwidth=2.0e12,  # book-gpu
+    link=300e9,  # book-gpu: NVLink egress, nodes of 8
+)
+H100 = Chip(
+    "H100",
+    "gpu",
+    kinds=("NVIDIA H100 80GB HBM3",),  # SXM; PCIe and NVL cards have lower peaks
+    flops=989e12,  # book-gpu (9.9e14, unrounded)
+    memory=80e9,  # book-gpu
+    bandwidth=3.4e12,  # book-gpu
+    link=450e9,  # book-gpu: NVLink egress, nodes of 8
+    network=400e9 / 8,  # book-gpu: 400 GB/s per node of 8
+)
+H200 = Chip(
+    "H200",
+    "gpu",
+    kinds=("NVIDIA H200",),
+    flops=989e12,  # book-gpu: as H100
+    memory=141e9,  # book-gpu
+    bandwidth=4.8e12,  # book-gpu
+    link=450e9,  # book-gpu: as H100
+    network=400e9 / 8,  # book-gpu: as H100
+)
+B200 = Chip(
+    "B200",
+    "gpu",
+    kinds=("NVIDIA B200",),
+    flops=2.3e15,  # book-gpu
+    memory=192e9,  # book-gpu
+    bandwidth=8.0e12,  # book-gpu
+    link=900e9,  # book-gpu: NVLink egress, nodes of 8
+    network=400e9 / 8,  # book-gpu: 400 GB/s per node of 8
+)
+TPU_V4 = Chip(
+    "TPU v4",
+    "tpu",
+    kinds=("TPU v4",),  # jax
+    flops=2.75e14,  # book-tpu
+    memory=32e9,  # book-tpu
+    bandwidth=1.2e12,  # book-tpu
+    link=4.5e10,  # book-tpu: each of 3 axes
+    network=6.25e9,  # book-tpu
+)
+TPU_V5E = Chip(
+    "TPU v5e",
+    "tpu",
+    kinds=("TPU v5e", "TPU v5 lite"),  # jax
+    flops=1.97e14,  # book-tpu
+    memory=16e9,  # book-tpu
+    bandwidth=8.1e11,  # book-tpu
+    link=4.5e10,  # book-tpu: each of 2 axes
+    network=3.125e9,  # book-tpu
+)
+TPU_V5P = Chip(
+    "TPU v5p",
+    "tpu",
+    kinds=("TPU v5p", "TPU v5"),  # jax
+    flops=4.59e14,  # book-tpu
+    memory=96e9,  # book-tpu
+    bandwidth=2.8e12,  # book-tpu
+    link=9e10,  # book-tpu: each of 3 axes
+    network=6.25e9,  # book-tpu
+)
+TPU_V6E = Chip(
+    "TPU v6e",
+    "tpu",
+    kinds=("TPU v6e", "TPU v6 lite"),  # jax
+    flops=9.18e14,  # maxtext; book-tpu rounds it to 9.2e14
+    memory=32e9,  # book-tpu
+    bandwidth=1.6e12,  # book-tpu
+    link=9e10,  # book-tpu: each of 2 axes
+    network=12.5e9,  # book-tpu
+)
+# JAX shows an Ironwood chip as two devices. These are the facts of one device: the chip's, halved.
+TPU_7X = Chip(
+    "TPU 7x",
+    "tpu",
+    kinds=("TPU7x",),  # jax
+    flops=2.307e15 / 2,  # google
+    memory=192e9 / 2,  # google
+    bandwidth=7.4e12 / 2,  # derived from google's figures
+    link=9e10 / 2,  # derived: the lower of 9e10 and 1e11 for each of 3 axes
+)
+
+KNOWN = (CPU, A100, H100, H200, B200, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E, TPU_7X)

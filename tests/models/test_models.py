@@ -1,0 +1,119 @@
+"""Models compute what their papers say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax import layout as layouts
+from llmjax import mesh as meshes
+from llmjax.models import nn
+from llmjax.models.attention import RopeScaling, attention, rope_angles, rotate
+from llmjax.models.gpt2 import GPT2
+from llmjax.models.llama import Llama
+
+LLAMA3 = dict(vocab=128_256, kv_heads=8, head_dim=128)
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    axes = meshes.fill(meshes.Axes(), 1, used=layouts.dp.axes(), rest="data")
+    with jax.set_mesh(meshes.device_mesh(axes, jax.devices()[:1])), nn.compute(nn.Compute()):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        (GPT2(vocab=50_257), 124_439_808),
+        (Llama(layers=32, width=4096, heads=32, ff=14_336, **LLAMA3), 8_030_261_248),
+        (Llama(layers=80, width=8192, heads=64, ff=28_672, **LLAMA3), 70_553_706_496),
+        (Llama(layers=126, width=16_384, heads=128, ff=53_248, **LLAMA3), 405_853_388_800),
+        (Llama(layers=16, width=2048, heads=32, ff=8192, tied=True, **LLAMA3 | {"head_dim": 64}), 1_235_814_400),
+    ],
+)
+def test_parameter_counts_are_those_published(model, parameters):
+    assert sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))) == parameters
+
+
+@pytest.mark.parametrize(
+    ("model", "sequence", "causal", "whole"),
+    [
+        (GPT2(vocab=50_257), 1024, 0.798e9, 0.855e9),
+        (Llama(layers=32, width=4096, heads=32, ff=14_336, **LLAMA3), 8192, 51.5e9, 57.9e9),
+        (Llama(layers=80, width=8192, heads=64, ff=28_672, **LLAMA3), 8192, 449e9, 481e9),
+        (Llama(layers=126, width=16_384, heads=128, ff=53_248, **LLAMA3), 8192, 2524e9, 2625e9),
+    ],
+)
+def test_flops_per_token_are_those_of_published_logs(model, sequence, causal, whole):
+    np.testing.assert_allclose(model.flops_per_token(sequence), (causal, whole), rtol=2e-3)
+
+
+@pytest.mark.parametrize("G", [1, 2, 4])
+def test_attention_and_its_gradients_equal_the_library_s(G):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q_BTHK = jax.random.normal(keys[0], (2, 12, 4, 8))
+    k_BSGK, v_BSGK = (jax.random.normal(key, (2, 12, G, 8)) for key in keys[1:3])
+    weight_BTHK = jax.random.normal(keys[3], q_BTHK.shape)
+
+    def library(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    np.testing.assert_allclose(attention(q_BTHK, k_BSGK, v_BSGK), library(q_BTHK, k_BSGK, v_BSGK), rtol=1e-5, atol=1e-6)
+    ours, theirs = (
+        jax.grad(lambda *qkv, f=f: jnp.sum(f(*qkv) * weight_BTHK), argnums=(0, 1, 2))(q_BTHK, k_BSGK, v_BSGK)
+        for f in (attention, library)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_position_sees_a_later_one():
+    for c in (Llama(vocab=64, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, ff=64, positions=16),
+              GPT2(vocab=64, layers=2, width=32, heads=2, head_dim=16, ff=64, positions=16)):  # fmt: skip
+        model, tokens_BT = c.init(jax.random.key(0)), jax.random.randint(jax.random.key(1), (1, 16), 0, 64)
+        before, after = model(tokens_BT), model(tokens_BT.at[0, 9].set((tokens_BT[0, 9] + 1) % 64))
+        np.testing.assert_array_equal(before[0, :9], after[0, :9])
+        assert not np.allclose(before[0, 9:], after[0, 9:])
+
+
+def test_rotation_keeps_lengths_and_makes_products_depend_on_distance_alone():
+    q_BTHK, k_BTHK = (jax.random.normal(jax.random.key(i), (1, 1, 1, 16)) for i in range(2))
+    at = lambda x, position: rotate(x, rope_angles(jnp.array([position]), 16, 1e4))  # noqa: E731
+    np.testing.assert_allclose(jnp.linalg.norm(at(q_BTHK, 7)), jnp.linalg.norm(q_BTHK), rtol=1e-6)
+    near, far = (jnp.sum(at(q_BTHK, 5 + shift) * at(k_BTHK, 2 + shift)) for shift in (0, 40))
+    np.testing.assert_allclose(near, far, rtol=1e-4)
+
+
+def test_llama_31_scaling_keeps_short_waves_and_stretches_long_ones():
+    plain, scaled = (rope_angles(jnp.array([1]), 128, 5e5, s)[0] for s in (None, RopeScaling()))
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_array_equal(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
+    np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
+    between = (wavelength > 8192 / 4) & (wavelength < 8192)
+    assert between.any() and np.all((scaled < plain)[between]) and np.all((scaled > plain / 8)[between])
+
+
+def test_bfloat16_products_stay_close_to_float32():
+    c = Llama(vocab=64, layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ff=128, positions=32)
+    model, tokens_BT = c.init(jax.random.key(0)), jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
+    exact = model(tokens_BT)
+    for activations in ("float32", "bfloat16"):
+        with nn.compute(nn.Compute(operands="bfloat16", activations=activations)):
+            rounded = model(tokens_BT)
+        assert rounded.dtype == activations
+        assert jnp.abs(rounded - exact).max() < 0.05 * jnp.abs(exact).max()
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_memory_and_not_the_gradient(remat):
+    c = Llama(vocab=64, layers=8, width=64, heads=4, kv_heads=2, head_dim=16, ff=256, positions=64)
+    model, tokens_BT = c.init(jax.random.key(0)), jax.random.randint(jax.random.key(1), (8, 64), 0, 64)
+
+    def compiled(remat):
+        with nn.compute(nn.Compute(remat=remat)):
+            return jax.jit(jax.grad(lambda model: jnp.mean(model(tokens_BT) ** 2))).lower(model).compile()
+
+    plain, less = compiled("none"), compiled(remat)
+    assert less.memory_analysis().temp_size_in_bytes < 0.8 * plain.memory_analysis().temp_size_in_bytes
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain(model), less(model))
