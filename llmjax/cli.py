@@ -96,10 +96,7 @@ def load(name: str) -> "Run":
         if not path.is_file():
             raise Refused(f"{name} is not there: give a run's run.json, or the name of an experiment.")
         return from_json(json.loads(path.read_text()))
-    if name.endswith(".py"):
-        run = names.load_file(name, "run")
-    else:
-        run = names.load("experiments", name, "run")
+    run = names.load_file(name, "run") if name.endswith(".py") else names.load("experiments", name, "run")
     return dataclasses.replace(run, name=run.name or Path(name).stem)
 
 

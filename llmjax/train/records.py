@@ -1,29 +1,67 @@
+"""Records of a run: metrics.jsonl, events.jsonl and TensorBoard files, written by the first process as it goes."""
+
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 
 class Records:
-    def __init__(self, folder):
-        self.m = open(Path(folder) / "metrics.jsonl", "a")
-        self.e = open(Path(folder) / "events.jsonl", "a")
+    """Appends to the records in a run directory; a resource, to be used in a `with`."""
 
-    def __enter__(self):
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def __enter__(self) -> "Records":
+        for name in ("metrics.jsonl", "events.jsonl"):
+            write(self.folder / name, read(self.folder / name))  # a killed process may have left half a line
+        self._metrics, self._events = (
+            (self.folder / name).open("a", encoding="utf-8", buffering=1) for name in ("metrics.jsonl", "events.jsonl")
+        )
+        self._board: Any = None
+        self._start = 0
         return self
 
-    def __exit__(self, *a):
-        pass
+    def __exit__(self, *_) -> None:
+        for file in (self._metrics, self._events, self._board):
+            if file is not None:
+                file.close()
 
-    def metrics(self, f):
-        self.m.write(json.dumps(f) + "\n")
-        self.m.flush()
+    def rewind(self, step: int) -> None:
+        """Drops the metrics after `step` steps: those steps will be done again."""
+        self._metrics.close()
+        path = self.folder / "metrics.jsonl"
+        write(path, [line for line in read(path) if line["step"] <= step])
+        self._metrics = path.open("a", encoding="utf-8", buffering=1)
+        self._start = step
 
-    def event(self, kind, **f):
-        self.e.write(json.dumps(dict(kind=kind, **f)) + "\n")
-        self.e.flush()
+    def metrics(self, facts: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, with at least `step`; numbers also go to TensorBoard."""
+        self._metrics.write(json.dumps(facts) + "\n")
+        if self._board is None:
+            from tensorboardX import SummaryWriter
 
-    def rewind(self, step):
-        pass
+            # With purge_step, TensorBoard hides what an earlier start wrote from that step on.
+            self._board = SummaryWriter(str(self.folder / "tb"), purge_step=self._start + 1 if self._start else None)
+        for name, value in facts.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, facts["step"])
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """One line of events.jsonl: what happened, and when (seconds since 1970)."""
+        self._events.write(json.dumps(dict(kind=kind, time=time.time(), **facts)) + "\n")
 
 
-def read(path):
-    return [json.loads(l) for l in open(path)] if Path(path).exists() else []
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; none if there is no file, and a last line cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replaces a .jsonl file at once."""
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    scratch.replace(path)
