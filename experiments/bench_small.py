@@ -13,7 +13,7 @@ run = Run(
         vocab=65, layers=6, width=384, heads=6, kv_heads=6, head_dim=64, ff=1024, positions=256, theta=1e4, tied=True
     ),
     data=Synthetic(vocab=65),
-    optimizer=AdamW(lr=Constant(1e-3)),
+    optimizer=AdamW(lr=1e-3, schedule=Constant()),
     loss=NextToken(),
     mesh=local.cluster,
     steps=200,

@@ -18,7 +18,7 @@ from meshes import h200
 run = Run(
     model=GPT2(),
     data=Text(path="data/corpus", tokenizer=TokenizerFile("data/tokenizer.json")),
-    optimizer=AdamW(lr=Cosine(6e-4, warmup=700)),
+    optimizer=AdamW(lr=6e-4, schedule=Cosine(warmup=700)),
     loss=NextToken(),
     mesh=h200.cluster,
     axes=Axes(),

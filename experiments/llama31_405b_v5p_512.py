@@ -29,7 +29,7 @@ run = Run(
         scaling=RopeScaling(),
     ),
     data=Text(path="data/corpus", tokenizer=TokenizerFile("data/tokenizer.json")),
-    optimizer=AdamW(lr=Cosine(8e-5, warmup=8000)),
+    optimizer=AdamW(lr=8e-5, schedule=Cosine(warmup=8000)),
     loss=NextToken(),
     mesh=v5p_512.cluster,
     axes=Axes(fsdp=64, tensor=8),

@@ -18,7 +18,7 @@ from meshes import v6e_256
 run = Run(
     model=Llama(vocab=128_256, layers=80, width=8192, heads=64, kv_heads=8, head_dim=128, ff=28_672, positions=8192),
     data=Text(path="data/corpus", tokenizer=TokenizerFile("data/tokenizer.json")),
-    optimizer=AdamW(lr=Cosine(1.5e-4, warmup=2000)),
+    optimizer=AdamW(lr=1.5e-4, schedule=Cosine(warmup=2000)),
     loss=NextToken(),
     mesh=v6e_256.cluster,
     axes=Axes(fsdp=64, tensor=4),

@@ -18,7 +18,7 @@ from meshes import h100x8
 run = Run(
     model=Llama(vocab=128_256, layers=32, width=4096, heads=32, kv_heads=8, head_dim=128, ff=14_336, positions=8192),
     data=Text(path="data/corpus", tokenizer=TokenizerFile("data/tokenizer.json")),
-    optimizer=AdamW(lr=Cosine(3e-4, warmup=2000)),
+    optimizer=AdamW(lr=3e-4, schedule=Cosine(warmup=2000)),
     loss=NextToken(),
     mesh=h100x8.cluster,
     axes=Axes(fsdp=8),

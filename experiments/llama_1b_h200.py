@@ -30,7 +30,7 @@ run = Run(
         tied=True,
     ),
     data=Text(path="data/corpus", tokenizer=TokenizerFile("data/tokenizer.json")),
-    optimizer=AdamW(lr=Cosine(4e-4, warmup=2000)),
+    optimizer=AdamW(lr=4e-4, schedule=Cosine(warmup=2000)),
     loss=NextToken(),
     mesh=h200.cluster,
     axes=Axes(),

@@ -14,7 +14,7 @@ run = Run(
         vocab=2048, layers=4, width=256, heads=4, kv_heads=4, head_dim=64, ff=704, positions=256, theta=1e4, tied=True
     ),
     data=Text(tokenizer=BPE(vocab=2048)),
-    optimizer=AdamW(lr=Cosine(3e-3, warmup=0.05)),
+    optimizer=AdamW(lr=3e-3, schedule=Cosine(warmup=0.05)),
     loss=NextToken(),
     mesh=local.cluster,
     steps=600,

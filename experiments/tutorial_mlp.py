@@ -5,7 +5,9 @@ Any nnx.Module with a loss function trains on the same loop, data-parallel on an
     llmjax train tutorial_mlp
     llmjax train tutorial_mlp --mesh cpu8 --name tutorial_mlp_on_8
 
-Both end with the same weights to float32 rounding, at a held-out loss of 0.48 nats (0.75 before the first step).
+Adam has Keras's averages (b1 0.9, b2 0.999, where AdamW's default for language models is 0.95), no weight decay and a
+constant rate. Both end with the same weights to float32 rounding, at a held-out loss of 0.48 nats (0.75 before the
+first step).
 """
 
 import dataclasses
@@ -77,7 +79,7 @@ class Points:
 run = Run(
     model=MLP(),
     data=Points(),
-    optimizer=AdamW(lr=Constant(1e-2), weight_decay=0.0),
+    optimizer=AdamW(lr=1e-2, schedule=Constant(), b2=0.999, weight_decay=0.0),
     loss=binary_cross_entropy,
     mesh=local.cluster,
     steps=5 * 1024 // 32,

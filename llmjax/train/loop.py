@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.data.batches import order, place, prefetch
 from llmjax.errors import NON_FINITE, Refused
+from llmjax.optim import schedules
 from llmjax.train.display import Display
 from llmjax.train.program import Program
 from llmjax.train.records import Records
@@ -131,7 +132,7 @@ class reporter:
 
 def learning_rates(optimizer, steps: int) -> np.ndarray:
     """The learning rate of every step, for the records."""
-    return np.asarray(jax.vmap(optimizer.lr.build(steps))(np.arange(steps)))
+    return np.asarray(jax.vmap(schedules.rate(optimizer, steps))(np.arange(steps)))
 
 
 def evaluate(

@@ -1,0 +1,49 @@
+"""What a parameter's name says about its dims: which are the rows of a matrix, which its columns.
+
+Capital letters at the end of a name are the parameter's dims in the project's alphabet; dims of the array in front of
+them, such as the L of stacked layers, count matrices rather than belong to one. Heads and their width are one side of a
+matrix, as in the products that use them: `query_DHK` has D rows and HK columns, `out_HKD` HK rows and D columns. Of a
+name without letters, such as the `kernel` of nnx.Linear, the last two dims are the matrix. Anything called a scale or a
+bias is a vector, whatever its dims.
+"""
+
+from typing import Any
+
+import jax
+
+Path = tuple[Any, ...]
+
+
+def rows_and_columns(path: Path, x: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dims of parameter `x` at a tree path that count rows and columns, from the end (-1 is the last).
+
+    A vector has no rows. Dims in neither stack matrices or vectors.
+    """
+    words = _name(path).split("_")
+    letters = words[-1] if len(words) > 1 and words[-1].isupper() and len(words[-1]) <= x.ndim else ""
+    if {"scale", "bias"} & set(words):
+        return (), _last(len(letters) or min(x.ndim, 1))
+    letters = letters or "?" * min(x.ndim, 2)
+    columns = _side(letters)
+    rows = _side(letters[:-columns]) if columns else 0
+    return tuple(d - columns for d in _last(rows)), _last(columns)
+
+
+def matrices(tree: Any) -> Any:
+    """Which parameters of a model are matrices, as a tree of booleans: those that weight decay is for."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: bool(rows_and_columns(path, x)[0]), tree)
+
+
+def _name(path: Path) -> str:
+    """The attribute that holds a parameter: "query_DHK" of `.blocks.query_DHK.value`."""
+    words = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    return words.rpartition(".")[2]
+
+
+def _side(letters: str) -> int:
+    """How many of the last letters are one side of a matrix: K goes with the heads before it."""
+    return min(len(letters), 2 if letters.endswith("K") else 1)
+
+
+def _last(count: int) -> tuple[int, ...]:
+    return tuple(range(-count, 0))
