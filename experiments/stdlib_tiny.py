@@ -13,13 +13,14 @@ run = Run(
     model=Llama(
         vocab=2048, layers=4, width=256, heads=4, kv_heads=4, head_dim=64, ff=704, positions=256, theta=1e4, tied=True
     ),
-    data=Text(tokenizer=BPE(vocab=2048)),
-    optimizer=AdamW(lr=3e-3, schedule=Cosine(warmup=0.05)),
+    data=Text(tokenizer=BPE(vocab=2048), heldout=0.05),
+    optimizer=AdamW(lr=3e-3, schedule=Cosine(warmup=0.05, final=0.05)),
     loss=NextToken(),
     mesh=local.cluster,
-    steps=600,
-    batch=16,
+    steps=800,
+    batch=8,
     sequence=256,
+    dtype="bfloat16",
     eval_every=200,
     save_every=200,
     prompts=("def parse", "import ", "class Node:\n    def __init__(self", "    for key, value in "),

@@ -9,9 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 from rich.console import Console
-from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 PLAIN_SECONDS = 10  # between two progress lines where there is no terminal
@@ -69,24 +67,23 @@ class Display:
     def facts(self, title: str, rows: dict[str, str]) -> None:
         """A title and a list of names with values."""
         self.console.print(title, style="bold", markup=False)
-        table = Table.grid(padding=(0, 2))
         for name, value in rows.items():
-            table.add_row(f"  {name}", value)
-        self.console.print(table, markup=False)
+            self.say(f"  {name:<{max(map(len, rows))}}  {value}")
 
     def table(self, columns: list[str], rows: list[list[str]]) -> None:
-        """A small table, numbers to the right."""
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table, markup=False)
+        """A small table: names to the left, numbers to the right."""
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        for style, cells in [("bold", columns), *((None, row) for row in rows)]:
+            first, *others = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+            self.console.print("   ".join([f"{first.strip():<{widths[0]}}", *others]), style=style, markup=False)
 
     def sample(self, prompt: str, text: str) -> None:
         """A prompt and what the model makes of it."""
         shown = Text(prompt, style="bold").append(text, style="not bold cyan")
-        self.console.print(Padding(shown, (0, 0, 1, 2)))
+        shown.rstrip()
+        for line in shown.split("\n"):
+            self.console.print(Text("  ").append_text(line) if line else "")
+        self.say()
 
     @contextlib.contextmanager
     def progress(self, start: int, steps: int) -> Iterator[None]:

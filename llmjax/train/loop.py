@@ -59,7 +59,7 @@ def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, s
         rows = order(step, batch=run.batch, size=dataset.size("train"), seed=run.seed)
         return place(dataset, "train", rows, accumulate=program.accumulate, sharding=sharding)
 
-    report, pending, done = reporter(program, ledger, start), None, start
+    report, pending, done = Reporter(program, ledger, start), None, start
     with contextlib.closing(prefetch(batch_of, start, run.steps)) as batches, ledger.display.progress(start, run.steps):
         for step, batch, waited_ms in batches:
             state, metrics = program.step(state, batch)
@@ -87,7 +87,7 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class reporter:
+class Reporter:
     """Reads the metrics of finished steps, in order, and times them."""
 
     def __init__(self, program: Program, ledger: Ledger, start: int):
@@ -120,8 +120,8 @@ class reporter:
         )
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise Refused(
-                f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}, so training stopped and this step "
-                f"was not saved: lower the learning rate, or look at the data of this step.",
+                f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}, so training stopped and this "
+                f"step was not saved: lower --optimizer.lr, or look at the data of this step.",
                 NON_FINITE,
             )
 

@@ -107,5 +107,5 @@ def microbatches(run: Run, axes: Axes, chip: Chip) -> int:
     rows = run.batch // math.prod(getattr(axes, a) for a in axes_of(run.layout.inner.get("B")))
     if chip.platform != "cpu" or rows < 1:
         return 1
-    wanted = min(rows, max(1, rows * run.sequence // 512))
+    wanted = min(rows, max(1, rows * run.sequence // 1024))
     return max(a for a in range(1, wanted + 1) if rows % a == 0)
