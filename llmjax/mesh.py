@@ -40,9 +40,9 @@ class Chip:
 class Cluster:
     """A set of equal chips.
 
-    `chips` is the number of JAX devices over all slices, or None for "every device this process group finds" (a TPU
-    7x chip is two devices). `emulated` asks for that many CPU devices on one machine. `tensor` is how many chips a tensor-parallel layout uses for one
-    matrix unless the run says otherwise.
+    `chips` is the number of JAX devices over all slices (a TPU 7x chip is two), or None for every device this process
+    group finds. `emulated` asks for that many CPU devices on one machine. `tensor` is how many chips a tensor-parallel
+    layout uses for one matrix unless the run says otherwise.
     """
 
     name: str
@@ -109,8 +109,9 @@ def fill(axes: Axes, devices: int, *, used: Iterable[str], rest: str, tensor: in
     product = math.prod(filled.sizes())
     if product != devices:
         shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "none given"
+        there = "is 1 device" if devices == 1 else f"are {devices} devices"
         raise Refused(
-            f"axes multiply to {product} ({shown}), but there {'is 1 device' if devices == 1 else f'are {devices} devices'}: "
+            f"axes multiply to {product} ({shown}), but there {there}: "
             f"give sizes whose product is {devices}, or leave one at 0 to have it derived."
         )
     return filled

@@ -120,7 +120,8 @@ def _detect(environment: Mapping[str, str]) -> None:
     ):
         raise Refused(
             "This pod belongs to an indexed Kubernetes Job, and the package that finds its peers is missing: "
-            "pip install 'jax[k8s]', give --processes.coordinator, count and index, or --processes.count 1 to run alone."
+            "pip install 'jax[k8s]', give --processes.coordinator, count and index, or run alone with "
+            "--processes.count 1."
         )
     try:
         jax.distributed.initialize()
@@ -232,11 +233,16 @@ def launch(processes: int, devices: int, arguments: Sequence[str], folder: Path,
     thread.
 
     Raises:
-      Refused: fewer than one process or device.
+      Refused: fewer than one process or device, or a log cannot be written.
     """
     if processes < 1 or devices < 1:
         raise Refused(f"launch got {processes} processes of {devices} devices: give at least one of each.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(
+            f"{folder} cannot take the logs ({error.strerror}): choose another folder, --logs.", IO
+        ) from error
     address = f"127.0.0.1:{_free_port()}"
     children: list[subprocess.Popen] = []
 
