@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import NamedSharding
 
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PEER_LOST, PREEMPTED, USAGE, Refused
 from llmjax.mesh import Cluster
@@ -216,13 +217,14 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-def describe(devices: Sequence[jax.Device], rows: range | None = None, batch: int = 0) -> str:
-    """This process's share, for its log: "process 1 of 2: 4 of 8 devices, rows 32..63 of 64"."""
-    here = sum(device.process_index == jax.process_index() for device in devices)
-    share = f"process {jax.process_index()} of {jax.process_count()}: {here} of {len(devices)} devices"
-    if rows is None:
-        return share
-    return f"{share}, rows {rows.start}..{rows.stop - 1} of {batch}" if rows else f"{share}, no rows of {batch}"
+def describe(sharding: NamedSharding, batch: int) -> str:
+    """This process's share of a batch [A, B/A, ...], for its log: "process 1 of 2: 4 of 8 devices, 32 of 64 rows"."""
+    mine, every = sharding.addressable_devices, sharding.device_set
+    cuts = {rows.indices(batch)[:2] for _, rows in sharding.addressable_devices_indices_map((1, batch)).values()}
+    return (
+        f"process {jax.process_index()} of {jax.process_count()}: {len(mine)} of {len(every)} devices, "
+        f"{sum(stop - start for start, stop in cuts)} of {batch} rows"
+    )
 
 
 def launch(processes: int, devices: int, arguments: Sequence[str], folder: Path, module: str = "llmjax.cli") -> int:
