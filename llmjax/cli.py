@@ -227,11 +227,9 @@ def _launch(arguments: list[str]) -> int:
 
     asked, rest = tyro.cli(Launch, args=arguments, prog="llmjax launch", return_unknown_args=True)
     if not rest or rest[0] not in LAUNCHED:
-        given, options = rest[0] if rest else "nothing", (f"--{field.name}" for field in dataclasses.fields(Launch))
-        raise Refused(
-            f"launch got {given} to run: {did_you_mean(given, (*LAUNCHED, *options))}"
-            f"give {' or '.join(LAUNCHED)}, then options of that command."
-        )
+        known = (*LAUNCHED, *(f"--{field.name}" for field in dataclasses.fields(Launch)))
+        given, near = (rest[0], did_you_mean(rest[0], known)) if rest else ("nothing", "")
+        raise Refused(f"launch got {given} to run: {near}give {' or '.join(LAUNCHED)}, then options of that command.")
     return launch(asked.processes, asked.devices, rest, Path(asked.logs))
 
 

@@ -13,7 +13,7 @@ from llmjax.mesh import AXES
 
 PRESETS = list(layouts.PRESETS.values())
 BATCH = ("data", "fsdp")
-WHOLE = P(BATCH, None, None)
+WHOLE, CUT = P(BATCH, None, None), P(BATCH, None, "tensor")
 WEIGHTS = ("VD", "DV", "DHK", "DGK", "HKD", "DF", "FD", "D", "HK", "F", "PD")
 
 
@@ -22,9 +22,9 @@ WEIGHTS = ("VD", "DV", "DHK", "DGK", "HKD", "DF", "FD", "D", "HK", "F", "PD")
     [
         (layouts.dp, P(None, None), P(None, None), WHOLE, WHOLE),
         (layouts.fsdp, P("fsdp", None), P(None, None), WHOLE, WHOLE),
-        (layouts.tp, P(None, "tensor"), P(None, "tensor"), WHOLE, P(BATCH, None, "tensor")),
-        (layouts.fsdp_tp, P("fsdp", "tensor"), P(None, "tensor"), WHOLE, P(BATCH, None, "tensor")),
-        (layouts.fsdp_tp_sp, P("fsdp", "tensor"), P(None, "tensor"), P(BATCH, "tensor", None), P(BATCH, None, "tensor")),
+        (layouts.tp, P(None, "tensor"), P(None, "tensor"), WHOLE, CUT),
+        (layouts.fsdp_tp, P("fsdp", "tensor"), P(None, "tensor"), WHOLE, CUT),
+        (layouts.fsdp_tp_sp, P("fsdp", "tensor"), P(None, "tensor"), P(BATCH, "tensor", None), CUT),
     ],
 )  # fmt: skip
 def test_presets_place_a_feed_forward_weight_and_its_activations(layout, at_rest, in_use, stream, inside):

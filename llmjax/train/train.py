@@ -41,7 +41,6 @@ def train(run: Run, processes: Processes = Processes(), display: Display | None 
     mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
     program = make(run, mesh, meshes.chip_of(run.mesh, devices))
     folder = directory(run)
-    cache_compiled_programs(Path(run.runs))
     if finished(folder, run.steps):
         display.say(f"Run {run.name} is finished: {run.steps:,} steps, {folder}.")
         display.say(next_steps(run))
@@ -50,6 +49,7 @@ def train(run: Run, processes: Processes = Processes(), display: Display | None 
     if first:
         claim(folder, run)
     system.barrier("run directory")
+    cache_compiled_programs(Path(run.runs))
     with contextlib.ExitStack() as stack:
         stack.enter_context(program.context())
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=run.keep))
