@@ -26,6 +26,7 @@ run = Run(
     steps=19_560,
     batch=512,
     sequence=1024,
+    accumulate=16,  # all logits of the batch at once would take 105 GB
     remat="dots",
     eval_every=1000,
     save_every=1000,

@@ -37,6 +37,7 @@ run = Run(
     steps=1_000_000,
     batch=512,
     sequence=8192,
+    accumulate=8,  # one sequence per group of eight at a time: attention scores take T² memory
     remat="full",
     eval_every=1000,
     save_every=1000,

@@ -26,6 +26,7 @@ run = Run(
     steps=500_000,
     batch=512,
     sequence=8192,
+    accumulate=8,  # one sequence per group of four at a time: attention scores take T² memory
     remat="full",
     eval_every=1000,
     save_every=1000,

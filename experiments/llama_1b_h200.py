@@ -38,6 +38,7 @@ run = Run(
     steps=46_000,
     batch=128,
     sequence=4096,
+    accumulate=32,  # four sequences at a time: logits and attention scores take gigabytes each
     remat="full",
     eval_every=1000,
     save_every=1000,

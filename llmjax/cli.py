@@ -1,39 +1,42 @@
 """The `llmjax` command: parses, calls, prints."""
 
 import dataclasses
-import difflib
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from llmjax.errors import IO, Refused
+from llmjax.errors import DONE, IO, PEER_LOST, Refused, did_you_mean
 
 if TYPE_CHECKING:
     from llmjax.run import Run
 
-DEFAULT = "stdlib_tiny"
+Asked = TypeVar("Asked")
 
-HELP = f"""llmjax: train large language models in JAX, with the same numbers on any mesh.
+HELP = """llmjax: train large language models in JAX, with the same numbers on any mesh.
 
-  llmjax train [EXPERIMENT] [--field value ...]   train, or continue, an experiment (default: {DEFAULT})
+  llmjax train [EXPERIMENT] [--field value ...]   train, or continue, an experiment (default: stdlib_tiny)
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
   llmjax launch --processes N --devices D train … the same command on N processes of this machine
-  llmjax bench [--case NAME]                      measure training speed here
+  llmjax bench [EXPERIMENT] [--field value ...]   measure the speed of training here (default: bench_small)
   llmjax experiments                              list experiments
   llmjax meshes                                   list meshes
 
-Every command shows its options with --help.
+EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines `run`, or a run's run.json.
+Commands with options show them with --help.
 """
 
 COMMANDS = ("train", "generate", "launch", "bench", "experiments", "meshes")
+LAUNCHED = ("train", "bench")  # what several processes can do together
 
 
 def main() -> None:
     """Entry point of the `llmjax` command."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP)
+        print(HELP, end="")
         return
     if arguments[0] == "--version":
         from importlib.metadata import version
@@ -50,7 +53,7 @@ def experiment(run: "Run") -> None:
     _exit(_train, dataclasses.replace(run, name=run.name or name.rpartition(".")[2]), sys.argv[1:])
 
 
-def _exit(call, *arguments) -> None:
+def _exit(call: Callable[..., int], *arguments) -> None:
     """Ends the process with the code that `call` returns; what a user got wrong is one sentence, no traceback."""
     try:
         code = call(*arguments)
@@ -62,69 +65,77 @@ def _exit(call, *arguments) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = IO
-    sys.stdout.flush()
-    sys.exit(code)
+    except Exception as error:
+        code = _failed(error)
+    processes = sys.modules.get("llmjax.processes")  # not there where nothing was run
+    (processes.leave if processes else sys.exit)(code)
+
+
+def _failed(error: Exception) -> int:
+    """A lost peer is named; anything else is a bug and shows its traceback."""
+    processes = sys.modules.get("llmjax.processes")
+    if processes and processes.lost_peer(error):
+        print("llmjax: another process of this run is gone: run the same command to continue.", file=sys.stderr)
+        return PEER_LOST
+    traceback.print_exception(error)
+    return 1
 
 
 def _dispatch(command: str, arguments: list[str]) -> int:
     match command:
         case "train":
-            if arguments and not arguments[0].startswith("-"):
-                return _train(load(arguments[0]), arguments[1:])
-            return _train(load(DEFAULT), arguments)
+            return _train(*_experiment(arguments, "stdlib_tiny"))
+        case "bench":
+            return _bench(*_experiment(arguments, "bench_small"))
         case "generate":
             return _generate(arguments)
         case "launch":
             return _launch(arguments)
-        case "bench":
-            return _bench(arguments)
         case "experiments" | "meshes":
             return _list(command, arguments)
-    near = difflib.get_close_matches(command, COMMANDS, 1)
-    raise Refused(f"{command} is not a command: {f'did you mean {near[0]}? ' if near else ''}llmjax --help lists them.")
+    raise Refused(f"{command} is not a command: {did_you_mean(command, COMMANDS)}`llmjax --help` lists them.")
+
+
+def _experiment(arguments: list[str], default: str) -> tuple["Run", list[str]]:
+    """The experiment that the arguments begin with, or the default one, and the other arguments."""
+    if arguments and not arguments[0].startswith("-"):
+        return load(arguments[0]), arguments[1:]
+    return load(default), arguments
 
 
 def load(name: str) -> "Run":
-    """The Run of an experiment: a name in `experiments`, a path to a .py file, or a run.json."""
-    import json
+    """The Run of an experiment: a name in `experiments`, a path to a .py file, or a run.json.
 
+    Raises:
+      Refused: there is no such experiment, or it holds no Run.
+    """
     from llmjax import names
-    from llmjax.run import from_json
+    from llmjax.run import Run, read
 
     if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise Refused(f"{name} is not there: give a run's run.json, or the name of an experiment.")
-        return from_json(json.loads(path.read_text()))
+        return read(Path(name))
     run = names.load_file(name, "run") if name.endswith(".py") else names.load("experiments", name, "run")
+    if not isinstance(run, Run):
+        raise Refused(f"`run` in {name} is {run!r:.60}: make it a llmjax.run.Run.")
     return dataclasses.replace(run, name=run.name or Path(name).stem)
 
 
-def parse(run: "Run", arguments: list[str], program: str):
-    """The run and the process settings with the command line's changes."""
+def parse(default: Asked, arguments: list[str], program: str, description: str | None = None) -> Asked:
+    """The value of a dataclass with the command line's changes; ends the process on a usage error, as argparse does."""
     import tyro
 
-    from llmjax.processes import Processes
-    from llmjax.run import Run
-
-    @dataclasses.dataclass(frozen=True)
-    class Command:
-        run: Annotated[Run, tyro.conf.arg(name="")]
-        processes: Processes = Processes()
-
-    with _primitives():
-        parsed = tyro.cli(
-            Command,
+    with _by_name():
+        return tyro.cli(
+            type(default),
             args=arguments,
-            default=Command(run),
-            prog=program,
-            config=(tyro.conf.AvoidSubcommands,),
-            description=f"Train, or continue, {run.name}.",
+            default=default,
+            prog=f"llmjax {program}",
+            description=description,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed),  # what has no form as text is not shown
         )
-    return parsed.run, parsed.processes
 
 
-def _primitives():
+def _by_name():
     """Meshes and layouts are given by name."""
     import tyro
 
@@ -134,7 +145,7 @@ def _primitives():
 
     registry = tyro.constructors.ConstructorRegistry()
 
-    def named(kind: type, metavar: str, look_up):
+    def named(kind: type, metavar: str, look_up: Callable[[str], Any]):
         @registry.primitive_rule
         def rule(info: tyro.constructors.PrimitiveTypeInfo):
             if info.type is not kind:
@@ -153,10 +164,38 @@ def _primitives():
 
 
 def _train(run: "Run", arguments: list[str]) -> int:
-    run, processes = parse(run, arguments, f"llmjax train {run.name}")
+    import tyro
+
+    from llmjax.processes import Processes
+    from llmjax.run import Run
+
+    @dataclasses.dataclass(frozen=True)
+    class Train:
+        run: Annotated[Run, tyro.conf.arg(name="")]
+        processes: Processes = Processes()
+
+    asked = parse(Train(run), arguments, f"train {run.name}", f"Trains, or continues, {run.name}.")
     from llmjax.train.train import train
 
-    return train(run, processes)
+    return train(dataclasses.replace(asked.run, name=asked.run.name or run.name), asked.processes)
+
+
+def _bench(run: "Run", arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.evaluate.bench import Timing, bench
+    from llmjax.processes import Processes
+    from llmjax.run import Run
+
+    @dataclasses.dataclass(frozen=True)
+    class Bench:
+        run: Annotated[Run, tyro.conf.arg(name="")]
+        timing: Annotated[Timing, tyro.conf.arg(name="")] = Timing()
+        processes: Processes = Processes()
+
+    about = f"Times the train step of {run.name} on random tokens; writes nothing but --json."
+    asked = parse(Bench(run), arguments, f"bench {run.name}", about)
+    return bench(asked.run, asked.processes, asked.timing)
 
 
 def _generate(arguments: list[str]) -> int:
@@ -164,8 +203,7 @@ def _generate(arguments: list[str]) -> int:
 
     from llmjax.evaluate.command import Generate, generate
 
-    with _primitives():
-        return generate(tyro.cli(Generate, args=arguments, prog="llmjax generate"))
+    return generate(tyro.cli(Generate, args=arguments, prog="llmjax generate"))
 
 
 def _launch(arguments: list[str]) -> int:
@@ -175,41 +213,35 @@ def _launch(arguments: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class Launch:
-        """Runs one llmjax command on several processes of this machine, joined over loopback."""
+        """Runs `llmjax train` or `llmjax bench`, with its own options, on several processes of this machine.
 
-        command: Annotated[tuple[str, ...], tyro.conf.Positional]
-        "The command to run, for example: train stdlib_tiny --layout fsdp"
+        For example: llmjax launch --processes 2 --devices 4 train stdlib_tiny --layout fsdp
+        """
+
         processes: int = 2
-        "Number of processes."
+        "Number of processes; the first one has the terminal."
         devices: int = 4
         "Emulated CPU devices of each process."
         logs: str = "runs/.cache/logs"
         "Folder for the output of every process but the first."
 
-    at = next((i for i, a in enumerate(arguments) if a in COMMANDS), len(arguments))
-    asked = tyro.cli(Launch, args=[*arguments[:at], *(arguments[at : at + 1])], prog="llmjax launch")
-    return launch(asked.processes, asked.devices, arguments[at:], Path(asked.logs))
+    asked, rest = tyro.cli(Launch, args=arguments, prog="llmjax launch", return_unknown_args=True)
+    if not rest or rest[0] not in LAUNCHED:
+        known = (*LAUNCHED, *(f"--{field.name}" for field in dataclasses.fields(Launch)))
+        given, near = (rest[0], did_you_mean(rest[0], known)) if rest else ("nothing", "")
+        raise Refused(f"launch got {given} to run: {near}give {' or '.join(LAUNCHED)}, then options of that command.")
+    return launch(asked.processes, asked.devices, rest, Path(asked.logs))
 
 
 def _list(package: str, arguments: list[str]) -> int:
     from llmjax import names
 
     if arguments:
-        print(
-            f"llmjax {package}: lists what `--{package[:-2] if package == 'meshes' else 'EXPERIMENT'}` can be; it takes no options."
-        )
+        raise Refused(f"`llmjax {package}` takes no arguments: leave out '{' '.join(arguments)}'.")
     found = names.names(package)
     for name, line in found.items():
         print(f"{name:<{max(map(len, found))}}  {line}")
-    return 0
-
-
-def _bench(arguments: list[str]) -> int:
-    import tyro
-
-    from llmjax.evaluate.bench import Bench, bench
-
-    return bench(tyro.cli(Bench, args=arguments, prog="llmjax bench"))
+    return DONE
 
 
 if __name__ == "__main__":

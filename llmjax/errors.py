@@ -1,5 +1,8 @@
 """What a user can get wrong, said in one sentence, and the exit codes a scheduler can act on."""
 
+import difflib
+from collections.abc import Iterable
+
 DONE = 0
 USAGE = 2  # a usage error or an impossible config
 DATA = 65  # data or a checkpoint is invalid
@@ -19,3 +22,9 @@ class Refused(Exception):
     def __init__(self, message: str, code: int = USAGE):
         super().__init__(message)
         self.code = code
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The beginning of a remedy, "did you mean cpu8? ", or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""

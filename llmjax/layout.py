@@ -8,12 +8,11 @@ means tensor dimension.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 
 from jax import P
 
-from llmjax.errors import Refused
+from llmjax.errors import Refused, did_you_mean
 
 Placement = Mapping[str, str | tuple[str, ...]]
 
@@ -87,7 +86,7 @@ def preset(name: str) -> Layout:
       Refused: there is none.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise Refused(f"layout is {name!r}, which is not known: {hint}choose one of {', '.join(PRESETS)}.")
+        raise Refused(
+            f"there is no layout named '{name}': {did_you_mean(name, PRESETS)}choose one of {', '.join(PRESETS)}."
+        )
     return PRESETS[name]

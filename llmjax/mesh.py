@@ -40,9 +40,9 @@ class Chip:
 class Cluster:
     """A set of equal chips.
 
-    `chips` is the number of JAX devices over all slices, or None for "every device this process group finds" (a TPU
-    7x chip is two devices). `emulated` asks for that many CPU devices on one machine. `tensor` is how many chips a tensor-parallel layout uses for one
-    matrix unless the run says otherwise.
+    `chips` is the number of JAX devices over all slices (a TPU 7x chip is two), or None for every device this process
+    group finds. `emulated` asks for that many CPU devices on one machine. `tensor` is how many chips a tensor-parallel
+    layout uses for one matrix unless the run says otherwise.
     """
 
     name: str
@@ -79,8 +79,9 @@ class Axes:
 def fill(axes: Axes, devices: int, *, used: Iterable[str], rest: str, tensor: int = 1, slices: int = 1) -> Axes:
     """Gives every axis a size so that their product is `devices`.
 
-    What the user set stays. Unset, `tensor` takes the cluster's suggestion where the layout uses it, `data` takes
-    the number of slices, every other axis 1, and the axis named `rest` takes what remains.
+    What the user set stays. Of the others, `tensor` takes the cluster's suggestion where the layout uses it, `data`
+    takes the number of slices, and the rest is 1; but what remains goes to the first of `rest`, `data` and `tensor`
+    that is free.
 
     Raises:
       Refused: an axis the layout does not use is larger than 1, or the product cannot be `devices`.
@@ -97,21 +98,21 @@ def fill(axes: Axes, devices: int, *, used: Iterable[str], rest: str, tensor: in
     given = math.prod(size for size in axes.sizes() if size)
     free = devices // given if devices % given == 0 else 0
     sizes = {axis: size for axis, size in zip(AXES, axes.sizes(), strict=True) if size}
-    if free and "tensor" not in sizes and "tensor" in used:
-        sizes["tensor"] = math.gcd(free, tensor)
-        free //= sizes["tensor"]
-    if free and "data" not in sizes and rest != "data":
-        sizes["data"] = math.gcd(free, slices)
-        free //= sizes["data"]
-    if free and rest not in sizes:
-        sizes[rest] = free
+    taker = next((axis for axis in (rest, "data", "tensor") if axis in used and axis not in sizes), None)
+    for axis, wanted in (("tensor", tensor), ("data", slices)):
+        if free and axis in used and axis not in sizes and axis != taker:
+            sizes[axis] = math.gcd(free, wanted)
+            free //= sizes[axis]
+    if free and taker:
+        sizes[taker] = free
     filled = Axes(**{axis: sizes.get(axis, 1) for axis in AXES})
     product = math.prod(filled.sizes())
     if product != devices:
         shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "none given"
+        there = "is 1 device" if devices == 1 else f"are {devices} devices"
         raise Refused(
-            f"axes multiply to {product} ({shown}), but there {'is 1 device' if devices == 1 else f'are {devices} devices'}: "
-            f"give sizes whose product is {devices}, or leave one at 0 to have it derived."
+            f"axes multiply to {product} ({shown}), but there {there}: "
+            f"give sizes whose product is {devices}, or leave one of them at 0 to have it derived."
         )
     return filled
 

@@ -1,7 +1,6 @@
 """Names on the command line: modules of a package, found without importing them, and the value each one holds."""
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import pkgutil
@@ -9,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmjax.errors import Refused
+from llmjax.errors import Refused, did_you_mean
 
 
 def names(package: str) -> dict[str, str]:
@@ -37,9 +36,9 @@ def load(package: str, name: str, attribute: str) -> Any:
     known = names(package)
     if name not in known:
         noun = package.removesuffix("es") if package.endswith("shes") else package.removesuffix("s")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? `llmjax {package}`" if near else f"`llmjax {package}`"
-        raise Refused(f"There is no {noun} named '{name}': {hint} lists what there is.")
+        raise Refused(
+            f"there is no {noun} named '{name}': {did_you_mean(name, known)}`llmjax {package}` lists what there is."
+        )
     return _value(importlib.import_module(f"{package}.{name}"), attribute, f"{package}/{name}.py")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import NamedSharding
 
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PEER_LOST, PREEMPTED, USAGE, Refused
 from llmjax.mesh import Cluster
@@ -120,7 +121,8 @@ def _detect(environment: Mapping[str, str]) -> None:
     ):
         raise Refused(
             "This pod belongs to an indexed Kubernetes Job, and the package that finds its peers is missing: "
-            "pip install 'jax[k8s]', give --processes.coordinator, count and index, or --processes.count 1 to run alone."
+            "pip install 'jax[k8s]', give --processes.coordinator, count and index, or run alone with "
+            "--processes.count 1."
         )
     try:
         jax.distributed.initialize()
@@ -215,13 +217,14 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-def describe(devices: Sequence[jax.Device], rows: range | None = None, batch: int = 0) -> str:
-    """This process's share, for its log: "process 1 of 2: 4 of 8 devices, rows 32..63 of 64"."""
-    here = sum(device.process_index == jax.process_index() for device in devices)
-    share = f"process {jax.process_index()} of {jax.process_count()}: {here} of {len(devices)} devices"
-    if rows is None:
-        return share
-    return f"{share}, rows {rows.start}..{rows.stop - 1} of {batch}" if rows else f"{share}, no rows of {batch}"
+def describe(sharding: NamedSharding, batch: int) -> str:
+    """This process's share of a batch [A, B/A, ...], for its log: "process 1 of 2: 4 of 8 devices, 32 of 64 rows"."""
+    mine, every = sharding.addressable_devices, sharding.device_set
+    cuts = {rows.indices(batch)[:2] for _, rows in sharding.addressable_devices_indices_map((1, batch)).values()}
+    return (
+        f"process {jax.process_index()} of {jax.process_count()}: {len(mine)} of {len(every)} devices, "
+        f"{sum(stop - start for start, stop in cuts)} of {batch} rows"
+    )
 
 
 def launch(processes: int, devices: int, arguments: Sequence[str], folder: Path, module: str = "llmjax.cli") -> int:
@@ -232,11 +235,16 @@ def launch(processes: int, devices: int, arguments: Sequence[str], folder: Path,
     thread.
 
     Raises:
-      Refused: fewer than one process or device.
+      Refused: fewer than one process or device, or a log cannot be written.
     """
     if processes < 1 or devices < 1:
         raise Refused(f"launch got {processes} processes of {devices} devices: give at least one of each.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(
+            f"{folder} cannot take the logs ({error.strerror}): choose another folder, --logs.", IO
+        ) from error
     address = f"127.0.0.1:{_free_port()}"
     children: list[subprocess.Popen] = []
 

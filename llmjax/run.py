@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -111,7 +112,27 @@ def from_json(value: Any) -> Any:
             f"run.json has fields that {cls.__name__} lacks ({', '.join(unknown)}): it was written by another version.",
             DATA,
         )
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except TypeError as error:  # a field without a default is missing
+        raise Refused(f"run.json holds no whole {cls.__name__} ({error}): restore the file.", DATA) from error
+
+
+def read(path: Path) -> Run:
+    """The Run that a run.json holds.
+
+    Raises:
+      Refused: there is no such file, or it does not hold a Run.
+    """
+    try:
+        run = from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({error.strerror}): give the run.json of a run directory.") from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise Refused(f"{path} is not JSON ({error}): restore the file.", DATA) from error
+    if not isinstance(run, Run):
+        raise Refused(f"{path} does not hold a run: give the run.json of a run directory.", DATA)
+    return run
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -143,42 +164,68 @@ def _named(name: str) -> Any:
 
 
 def check(run: Run, axes: Axes, accumulate: int) -> None:
-    """Refuses a run whose shapes cannot be cut over these axes, before anything is compiled."""
-    for field in ("steps", "batch", "sequence"):
-        if getattr(run, field) < 1:
-            raise Refused(f"{field} is {getattr(run, field)}: give at least 1.")
-    sizes = dict(vars(axes))
-    cut = {d: [a for a in layouts.axes_of(value) if sizes[a] > 1] for d, value in run.layout.inner.items()}
-    ways = math.prod(sizes[a] for a in cut.get("B", ())) * accumulate
+    """Refuses a run whose numbers make no sense or whose shapes cannot be cut over these axes.
+
+    It costs nothing, so it comes before anything is read, built or compiled.
+
+    Raises:
+      Refused: naming the field, its value and what would do.
+    """
+    for field, least in _LEAST.items():
+        if not getattr(run, field) >= least:
+            raise Refused(f"{field} is {getattr(run, field)}: give at least {least}.")
+    if "" in run.prompts:
+        raise Refused("prompts holds an empty text: give each prompt some text, or none with --prompts alone.")
+    _check_batch(run, axes, accumulate)
+    if hasattr(run.model, "sizes"):
+        _check_model(run, axes)
+
+
+_LEAST = dict(
+    steps=1, batch=1, sequence=1, accumulate=0, clip=0, seed=0, eval_every=0, eval_rows=1, save_every=0, keep=1
+)
+_WORDS = dict(
+    D="model.width", H="model.heads", G="model.kv_heads", K="model.head_dim", F="model.ff", V="model.vocab",
+    P="model.positions", T="sequence",
+)  # fmt: skip
+
+
+def _check_batch(run: Run, axes: Axes, accumulate: int) -> None:
+    factors = {axis: getattr(axes, axis) for axis in layouts.axes_of(run.layout.inner.get("B"))}
+    factors = {name: size for name, size in (factors | {"accumulate": accumulate}).items() if size > 1}
+    ways = math.prod(factors.values())
     if run.batch % ways:
-        shown = " x ".join(
-            [*(f"{a} {sizes[a]}" for a in cut.get("B", ())), *([f"accumulate {accumulate}"] if accumulate > 1 else [])]
-        )
+        shown = " x ".join(f"{name} {size}" for name, size in factors.items())
         raise Refused(
-            f"batch is {run.batch}, which {shown} = {ways} does not divide: "
+            f"batch is {run.batch}, which {shown}{f' = {ways}' if len(factors) > 1 else ''} does not divide: "
             f"use batch {max(1, round(run.batch / ways)) * ways}, or other axes or accumulation."
         )
-    if not hasattr(run.model, "sizes"):
-        return
-    letters = run.model.sizes() | {"T": run.sequence}
+
+
+def _check_model(run: Run, axes: Axes) -> None:
+    model, letters = run.model, dict(run.model.sizes())
+    sizes = {_WORDS.get(letter, letter): size for letter, size in letters.items()}
+    for field, size in (sizes | {"model.layers": getattr(model, "layers", 1)}).items():
+        if size < 1:
+            raise Refused(f"{field} is {size}: give at least 1.")
+    letters["T"] = run.sequence
     for placement in (run.layout.params, run.layout.inner, run.layout.stream):
-        for dim, value in placement.items():
-            size, ways = letters.get(dim), math.prod(sizes[a] for a in layouts.axes_of(value))
+        for letter, value in placement.items():
+            over, size = layouts.axes_of(value), letters.get(letter)
+            ways = math.prod(getattr(axes, axis) for axis in over)
             if size is not None and size % ways:
-                over = " x ".join(f"{a} {sizes[a]}" for a in layouts.axes_of(value))
+                shown = " x ".join(f"{axis} {getattr(axes, axis)}" for axis in over)
                 raise Refused(
-                    f"{_WORDS.get(dim, dim)} is {size}, which axis {over} does not divide: choose a multiple of {ways}, "
-                    f"or a smaller {over.split()[0]} axis (--axes.{over.split()[0]})."
+                    f"{_WORDS.get(letter, letter)} is {size}, which axis {shown} does not divide: "
+                    f"choose a multiple of {ways}, or a smaller {over[0]} axis (--axes.{over[0]})."
                 )
-    if run.sequence > getattr(run.model, "positions", run.sequence):
+    if run.sequence > getattr(model, "positions", run.sequence):
         raise Refused(
-            f"sequence is {run.sequence}, longer than the model's {run.model.positions} positions: "
+            f"sequence is {run.sequence}, longer than the model's {model.positions} positions: "
             f"lower --sequence or raise --model.positions."
         )
-    if letters["H"] % letters["G"]:
+    if letters.get("H", 0) % letters.get("G", 1):
         raise Refused(
-            f"model.heads is {letters['H']}, not a multiple of model.kv_heads {letters['G']}: choose a multiple."
+            f"model.heads is {letters['H']}, which model.kv_heads {letters['G']} does not divide: "
+            f"choose a multiple of {letters['G']}, or other kv_heads."
         )
-
-
-_WORDS = dict(D="model.width", H="model.heads", G="model.kv_heads", F="model.ff", V="model.vocab", T="sequence")

@@ -237,7 +237,8 @@ class Text:
         """
         if sequence < 1:
             raise Refused(f"sequence is {sequence}: give at least 1 token.", USAGE)
-        corpus.split((), self.heldout)  # refuse a bad fraction before anything is read
+        corpus.split((), self.heldout)  # refuse a bad fraction or tokenizer before anything is read
+        self.tokenizer.identity()
         found = corpus.standard_library() if self.path is None else corpus.files(self.path)
         documents, skipped = corpus.read(found, skip_other_codings=self.path is None)
         if skipped:

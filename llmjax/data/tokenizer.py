@@ -30,11 +30,7 @@ class BPE:
     "Number of tokens at most, the 256 bytes and the end of text included; a small corpus gives fewer."
 
     def identity(self) -> str:
-        """What decides the tokenizer, besides the training documents."""
-        return f"{self!r} {_PIECES}"
-
-    def build(self, documents: Iterable[str]) -> "Tokenizer":
-        """Trains on `documents`. The same documents give the same tokenizer, and every text round-trips.
+        """What decides the tokenizer, besides the training documents.
 
         Raises:
           Refused: `vocab` has no room for the 256 bytes and the end of text (code 2).
@@ -43,6 +39,15 @@ class BPE:
             raise Refused(
                 f"data.tokenizer.vocab is {self.vocab}: give at least 257 (256 bytes and the end of text).", USAGE
             )
+        return f"{self!r} {_PIECES}"
+
+    def build(self, documents: Iterable[str]) -> "Tokenizer":
+        """Trains on `documents`. The same documents give the same tokenizer, and every text round-trips.
+
+        Raises:
+          Refused: as `identity`.
+        """
+        self.identity()
         from tokenizers import trainers
 
         tokenizer = _byte_level(vocab=None)

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmjax import mesh as meshes
 from llmjax import processes as system
-from llmjax.errors import DONE
+from llmjax.errors import DONE, IO, Refused
 from llmjax.processes import Processes
 from llmjax.run import Run, to_json
 from llmjax.train.display import Display, count
@@ -33,7 +33,12 @@ class Timing:
 
 
 def bench(run: Run, processes: Processes, timing: Timing) -> int:
-    """Times the train step on random tokens, each step waited for; prints medians."""
+    """Times the train step on random tokens, each step waited for; prints medians.
+
+    Raises:
+      Refused: this run or its timing makes no benchmark.
+    """
+    check(run, timing)
     devices = system.start(run.mesh, processes)
     mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
     program = make(run, mesh, meshes.chip_of(run.mesh, devices))
@@ -50,7 +55,8 @@ def bench(run: Run, processes: Processes, timing: Timing) -> int:
         flops_per_s=flops, matmul_flops_per_s=rate, share_of_matmul=flops / rate,
         mfu=program.peak and flops / program.peak, compile_s=compile_s,
     )  # fmt: skip
-    display = Display()
+    first = jax.process_index() == 0
+    display = Display(quiet=not first)
     display.facts(
         f"llmjax bench {run.name}",
         {
@@ -62,20 +68,33 @@ def bench(run: Run, processes: Processes, timing: Timing) -> int:
             "compile": f"{compile_s:.1f} s",
         },
     )
-    if timing.json:
+    if timing.json and first:
         where = dict(jax=jax.__version__, python=platform.python_version(), devices=[d.device_kind for d in devices])
         Path(timing.json).write_text(json.dumps(facts | where | {"run": to_json(run)}, indent=1) + "\n")
     return DONE
 
 
+def check(run: Run, timing: Timing) -> None:
+    """Refuses, before anything is compiled, what would fail after it."""
+    if timing.warmup < 0 or timing.repeats < 1:
+        raise Refused(f"warmup is {timing.warmup} and repeats {timing.repeats}: give at least 0 and 1.")
+    if not hasattr(run.model, "vocab"):
+        raise Refused(f"{run.name} is no language model: bench one of the others that `llmjax experiments` lists.")
+    folder = Path(timing.json).absolute().parent
+    if not folder.is_dir():
+        raise Refused(f"json is {timing.json}, and {folder} is no folder: make it, or choose another file.", IO)
+
+
 def time_steps(program: Program, timing: Timing) -> tuple[float, list[float]]:
     """(seconds to compile, seconds of every timed step)."""
-    run, sharding = program.run, program.batch_sharding()
+    run = program.run
     random = np.random.default_rng(run.seed)
-    shape = (program.accumulate, run.batch // program.accumulate, run.sequence)
-    tokens, targets = (random.integers(0, run.model.vocab, shape).astype(np.int32) for _ in range(2))
-    parts = dict(tokens=tokens, targets=targets, weights=np.ones(shape, np.float32))
-    batch = {k: jax.make_array_from_callback(shape, sharding, lambda i, v=v: v[i]) for k, v in parts.items()}
+
+    def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
+        whole = np.ones(x.shape) if x.dtype == jnp.float32 else random.integers(0, run.model.vocab, x.shape)
+        return jax.make_array_from_callback(x.shape, x.sharding, lambda index: whole[index].astype(x.dtype))
+
+    batch = jax.tree.map(fill, program.abstract_batch())
     state = program.init(jax.random.key(run.seed))
     began = time.perf_counter()
     step = program.step.lower(state, batch).compile()

@@ -1,7 +1,6 @@
 """`llmjax generate`: text from any checkpoint of any run."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +10,10 @@ from llmjax import mesh as meshes
 from llmjax import names, processes
 from llmjax.checkpoint.checkpoints import Checkpoints, like
 from llmjax.data.tokenizer import end_of_text, load
-from llmjax.errors import DATA, DONE, Refused
+from llmjax.errors import DATA, DONE, Refused, did_you_mean
 from llmjax.evaluate.generate import Sampling, check, complete
 from llmjax.mesh import Axes
-from llmjax.run import Run, from_json
+from llmjax.run import read
 from llmjax.train.display import Display
 from llmjax.train.program import make, resolve
 
@@ -40,7 +39,7 @@ def generate(asked: Generate) -> int:
     """Prints the completions; returns an exit code."""
     check(asked.sampling)
     folder = find(asked.run, asked.runs)
-    run = read_run(folder)
+    run = read(folder / "run.json")
     if not (folder / "tokenizer.json").is_file():
         raise Refused(f"{folder} has no tokenizer.json: only runs trained on text can complete text.", DATA)
     tokenizer = load(folder / "tokenizer.json")
@@ -65,16 +64,8 @@ def find(name: str, runs: str) -> Path:
     for folder in (Path(runs) / name, Path(name)):
         if (folder / "run.json").is_file():
             return folder
-    near = names.nearest(name, sorted(p.parent.name for p in Path(runs).glob("*/run.json")))
+    near = did_you_mean(name, sorted(p.parent.name for p in Path(runs).glob("*/run.json")))
     raise Refused(f"there is no run {name!r} in {runs}: {near}train one with llmjax train, or name its folder.")
-
-
-def read_run(folder: Path) -> Run:
-    """The Run that a directory holds."""
-    try:
-        return from_json(json.loads((folder / "run.json").read_text()))
-    except json.JSONDecodeError as error:
-        raise Refused(f"{folder / 'run.json'} is not JSON ({error}): restore the file.", DATA) from error
 
 
 def choose_step(checkpoints: Checkpoints, step: int, folder: Path) -> int:

@@ -1,32 +1,14 @@
 """What a person sees while a run trains: a bar on a terminal, plain lines anywhere else."""
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
-import jax
-from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 PLAIN_SECONDS = 10  # between two progress lines where there is no terminal
-
-
-def bytes_per_device(tree: Any, mesh) -> int:
-    """Bytes that one device holds of a tree of (abstract) arrays."""
-
-    def of(x):
-        spec = x.sharding.spec if getattr(x, "sharding", None) is not None else jax.P()
-        return math.prod(NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
-
-    return sum(
-        of(x)
-        for x in jax.tree.leaves(tree)
-        if hasattr(x, "shape") and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    )
 
 
 def count(number: float) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import P
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
@@ -52,6 +53,20 @@ class Program:
         with self.context():
             return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
 
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of the batch of a language model, each [A, B/A, T]."""
+        shape = (self.accumulate, self.run.batch // self.accumulate, self.run.sequence)
+        types = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32)
+        return {k: jax.ShapeDtypeStruct(shape, v, sharding=self.batch_sharding()) for k, v in types.items()}
+
+    def abstract_step(self) -> tuple[steps.State, dict[str, jax.ShapeDtypeStruct]]:
+        """What a step of a language model returns: traces all of it, so a shape or sharding that is wrong fails here.
+
+        On an AbstractMesh it needs no device.
+        """
+        with self.context():
+            return jax.eval_shape(self.step, self.abstract_state(), self.abstract_batch())
+
 
 def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     """The program of a run on a mesh of these chips.
@@ -82,6 +97,20 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         evaluate=jax.jit(functools.partial(steps.eval_step, loss=getattr(run.loss, "held_out", run.loss))),
         flops_per_token=flops,
         peak=chip.flops and flops and chip.flops * mesh.size,
+    )
+
+
+def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes that one device holds of a tree of (abstract) arrays."""
+
+    def of(x):
+        spec = x.sharding.spec if getattr(x, "sharding", None) is not None else P()
+        return math.prod(NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
+
+    return sum(
+        of(x)
+        for x in jax.tree.leaves(tree)
+        if hasattr(x, "shape") and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
     )
 
 

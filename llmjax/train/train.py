@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import time
@@ -20,9 +21,9 @@ from llmjax.evaluate.generate import Sampling, complete
 from llmjax.processes import Processes
 from llmjax.run import FREE, Run, differences, to_json
 from llmjax.train import loop
-from llmjax.train.display import Display, bytes_per_device, count, duration, memory
+from llmjax.train.display import Display, count, duration, memory
 from llmjax.train.loop import Ledger
-from llmjax.train.program import Program, make, resolve
+from llmjax.train.program import Program, bytes_per_device, make, resolve
 from llmjax.train.records import Records, read
 from llmjax.train.step import State
 
@@ -39,14 +40,16 @@ def train(run: Run, processes: Processes = Processes(), display: Display | None 
     display = display or Display(quiet=not first)
     mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
     program = make(run, mesh, meshes.chip_of(run.mesh, devices))
-    folder = claim(run, first)
-    system.barrier("run directory")
-    cache_compiled_programs(Path(run.runs))
+    folder = directory(run)
     if finished(folder, run.steps):
         display.say(f"Run {run.name} is finished: {run.steps:,} steps, {folder}.")
         display.say(next_steps(run))
         return DONE
     dataset = open_data(program, display, first)
+    if first:
+        claim(folder, run)
+    system.barrier("run directory")
+    cache_compiled_programs(Path(run.runs))
     with contextlib.ExitStack() as stack:
         stack.enter_context(program.context())
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=run.keep))
@@ -74,33 +77,42 @@ def train(run: Run, processes: Processes = Processes(), display: Display | None 
     return DONE
 
 
-def claim(run: Run, first: bool) -> Path:
-    """The run directory, made or found to belong to this run; only the first process writes."""
-    folder, asked = run.folder(), to_json(run)
+def directory(run: Run) -> Path:
+    """The run directory: one that can be written, and is new or of this run. Nothing is written yet."""
+    folder = run.folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "run.json").exists():
-            found = json.loads((folder / "run.json").read_text())
-            changed = [d for d in differences(found, asked) if d.split(".")[0] not in FREE | {"is", "name"}]
-            if changed:
-                raise Refused(
-                    f"{folder} holds a run of another config, which differs in {', '.join(changed)}: "
-                    f"give the same values to continue it, or another --name to start afresh.",
-                    USAGE,
-                )
-        if first:
-            scratch = folder / "run.json.new"
-            scratch.write_text(json.dumps(asked, indent=1) + "\n")
-            scratch.replace(folder / "run.json")
+        home = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not home.is_dir() or not os.access(home, os.W_OK):
+            why = f"{home} is {'write-protected' if home.is_dir() else 'a file'}"
+            raise Refused(f"{folder} cannot be written ({why}): choose another folder, --runs.", IO)
+        if not (folder / "run.json").exists():
+            return folder
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except OSError as error:
-        raise Refused(
-            f"{folder} cannot be used as run directory ({error.strerror}): choose another folder with --runs.", IO
-        ) from error
-    except json.JSONDecodeError as error:
+        raise Refused(f"{folder} cannot be read ({error.strerror}): choose another folder, --runs.", IO) from error
+    except ValueError as error:
         raise Refused(
             f"{folder / 'run.json'} is not JSON ({error}): restore it or start afresh with another --name.", DATA
         ) from error
+    changed = [d for d in differences(found, to_json(run)) if d.split(".")[0] not in FREE | {"is", "name"}]
+    if changed:
+        raise Refused(
+            f"{folder} holds a run of another config, which differs in {', '.join(changed)}: "
+            f"give the same values to continue it, or another --name to start afresh.",
+            USAGE,
+        )
     return folder
+
+
+def claim(folder: Path, run: Run) -> None:
+    """Makes the directory this run's; comes last of all that may be refused, so that a mistake leaves no trace."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / "run.json.new"
+        scratch.write_text(json.dumps(to_json(run), indent=1) + "\n", encoding="utf-8")
+        scratch.replace(folder / "run.json")
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written ({error.strerror}): choose another folder, --runs.", IO) from error
 
 
 def cache_compiled_programs(runs: Path) -> None:
