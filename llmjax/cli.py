@@ -175,7 +175,7 @@ def _train(run: "Run", arguments: list[str]) -> int:
         processes: Processes = Processes()
 
     asked = parse(Train(run), arguments, f"train {run.name}", f"Trains, or continues, {run.name}.")
-    from llmjax.train.train import train
+    from llmjax.commands.train import train
 
     return train(dataclasses.replace(asked.run, name=asked.run.name or run.name), asked.processes)
 
@@ -183,7 +183,7 @@ def _train(run: "Run", arguments: list[str]) -> int:
 def _bench(run: "Run", arguments: list[str]) -> int:
     import tyro
 
-    from llmjax.evaluate.bench import Timing, bench
+    from llmjax.commands.bench import Timing, bench
     from llmjax.processes import Processes
     from llmjax.run import Run
 
@@ -201,7 +201,7 @@ def _bench(run: "Run", arguments: list[str]) -> int:
 def _generate(arguments: list[str]) -> int:
     import tyro
 
-    from llmjax.evaluate.command import Generate, generate
+    from llmjax.commands.generate import Generate, generate
 
     return generate(tyro.cli(Generate, args=arguments, prog="llmjax generate"))
 

@@ -14,7 +14,7 @@ import pytest
 import llmjax
 from llmjax import cli
 from llmjax.run import Run, read
-from llmjax.train.train import claim
+from llmjax.commands.train import claim
 
 # two seconds to compile
 TINY = """--model.vocab 64 --model.layers 1 --model.width 32 --model.heads 2 --model.kv-heads 2 --model.head-dim 16

@@ -21,6 +21,7 @@ from llmjax.run import Run, check
 from llmjax.train import step as steps
 
 UNROLLED = 12  # layers per turn of the loop on a CPU, where a turn copies weights and activations
+ONCE = {"xla_backend_optimization_level": 1}  # for what a CPU runs once: it compiles in a third of the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +78,14 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     axes = Axes(**dict(mesh.shape))
     accumulate = run.accumulate or microbatches(run, axes, chip)
     check(run, axes, accumulate)
-    bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and chip.platform != "cpu")
+    on_cpu = chip.platform == "cpu"
+    bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and not on_cpu)
     compute = nn.Compute(
         layout=run.layout,
         operands="bfloat16" if bfloat16 else "float32",
-        activations="bfloat16" if bfloat16 and chip.platform != "cpu" else "float32",
+        activations="bfloat16" if bfloat16 and not on_cpu else "float32",
         remat=run.remat,
-        unroll=min(getattr(run.model, "layers", 1), UNROLLED) if chip.platform == "cpu" else 1,
+        unroll=min(getattr(run.model, "layers", 1), UNROLLED) if on_cpu else 1,
     )
     tx = transformation(run)
     flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None
@@ -92,7 +94,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         mesh=mesh,
         compute=compute,
         accumulate=accumulate,
-        init=jax.jit(functools.partial(steps.init, run.model.init, tx)),
+        init=jax.jit(functools.partial(steps.init, run.model.init, tx), compiler_options=ONCE if on_cpu else None),
         step=jax.jit(functools.partial(steps.train_step, loss=run.loss, tx=tx), donate_argnums=0),
         evaluate=jax.jit(functools.partial(steps.eval_step, loss=getattr(run.loss, "held_out", run.loss))),
         flops_per_token=flops,
