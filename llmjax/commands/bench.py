@@ -60,8 +60,10 @@ def bench(run: Run, processes: Processes, timing: Timing) -> int:
     display.facts(
         f"llmjax bench {run.name}",
         {
-            "speed": f"{tokens_per_s:,.0f} tokens/s, {1e3 * step_s:.1f} ms/step (median of {timing.repeats}; {1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})",
-            "compute": f"{count(flops)}FLOP/s in {program.compute.operands}, {100 * flops / rate:.0f}% of this machine's matrix product ({count(rate)}FLOP/s)",
+            "speed": f"{tokens_per_s:,.0f} tokens/s, {1e3 * step_s:.1f} ms/step "
+            f"(median of {timing.repeats}; {1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})",
+            "compute": f"{count(flops)}FLOP/s in {program.compute.operands}, "
+            f"{100 * flops / rate:.0f}% of this machine's matrix product ({count(rate)}FLOP/s)",
             "mfu": f"{100 * facts['mfu']:.1f}% of the chips' bfloat16 peak"
             if facts["mfu"]
             else "not known: this chip's peak is not",

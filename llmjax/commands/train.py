@@ -156,8 +156,8 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
     facts = ledger.checkpoints.facts(step)
     if facts.get("data") not in (None, dataset.fingerprint):
         raise Refused(
-            f"checkpoint {step} of {program.run.folder()} was trained on other data than this (the corpus or its tokenizer "
-            f"changed): bring the old data back, or start afresh with another --name.",
+            f"checkpoint {step} of {program.run.folder()} was trained on other data than this (the corpus or its "
+            f"tokenizer changed): bring the old data back, or start afresh with another --name.",
             DATA,
         )
     state = ledger.checkpoints.restore(step, like(program.abstract_state(), program.mesh))
@@ -181,7 +181,8 @@ def header(program: Program, state: State, dataset, start: int, display: Display
         {
             "model": f"{type(model).__name__}, {count(parameters)} parameters{shape}",
             "data": f"{train:,} rows of {run.sequence}, {dataset.size('heldout'):,} held out",
-            "run": f"{run.steps:,} steps x {run.batch} rows = {count(tokens)} tokens ({run.steps * run.batch / train:.2f} epochs)",
+            "run": f"{run.steps:,} steps x {run.batch} rows = {count(tokens)} tokens "
+            f"({run.steps * run.batch / train:.2f} epochs)",
             "devices": f"{program.mesh.size} x {jax.devices()[0].device_kind}{here}",
             "mesh": f"{run.mesh.name}: {axes}; layout {run.layout.name}",
             "compute": f"{program.compute.operands} products, {program.accumulate} microbatches, remat {run.remat}",
