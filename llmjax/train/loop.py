@@ -141,12 +141,15 @@ def evaluate(
     """Held-out loss in nats per target, and bits per byte where the data is text, over all rows or the first `rows`."""
     size, batch = dataset.size("heldout"), program.run.batch
     size = size if rows is None else min(rows, size)
-    sums = []
+    total, running = np.zeros(2), ()
     for first in range(0, size, batch):
         wanted = np.arange(first, first + batch)  # rows past the end have weight 0
         arrays = place(dataset, "heldout", wanted, accumulate=program.accumulate, sharding=program.batch_sharding())
-        sums.append(program.evaluate(state.model, arrays))
-    nats, weight = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+        # One at a time: the collectives of two programs side by side may meet in another order on another process,
+        # and then both wait for ever.
+        total += np.asarray(jax.device_get(running) or (0, 0), np.float64)
+        running = program.evaluate(state.model, arrays)
+    nats, weight = (total + np.asarray(jax.device_get(running), np.float64)).tolist()
     facts = dict(eval_loss=nats / weight)
     if dataset.heldout_bytes:
         facts["bits_per_byte"] = nats / weight / math.log(2) * dataset.heldout_tokens / dataset.heldout_bytes
