@@ -23,7 +23,7 @@ run = Run(
     dtype="bfloat16",
     eval_every=200,
     save_every=200,
-    prompts=("def parse", "import ", "class Node:\n    def __init__(self", "    for key, value in "),
+    prompts=("def parse", "class Node:\n    def __init__(self", "    for key, value in", "    try:\n        import"),
 )
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from llmjax import processes as system
 from llmjax.errors import DONE, IO, Refused
 from llmjax.processes import Processes
 from llmjax.run import Run, to_json
-from llmjax.train.display import Display, count
+from llmjax.train.display import Display, flop_rate
 from llmjax.train.program import Program, make, resolve
 
 
@@ -62,8 +62,8 @@ def bench(run: Run, processes: Processes, timing: Timing) -> int:
         {
             "speed": f"{tokens_per_s:,.0f} tokens/s, {1e3 * step_s:.1f} ms/step "
             f"(median of {timing.repeats}; {1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})",
-            "compute": f"{count(flops)}FLOP/s in {program.compute.operands}, "
-            f"{100 * flops / rate:.0f}% of this machine's matrix product ({count(rate)}FLOP/s)",
+            "compute": f"{flop_rate(flops)} in {program.compute.operands}, "
+            f"{100 * flops / rate:.0f}% of this machine's matrix product ({flop_rate(rate)})",
             "mfu": f"{100 * facts['mfu']:.1f}% of the chips' bfloat16 peak"
             if facts["mfu"]
             else "not known: this chip's peak is not",

@@ -16,6 +16,7 @@ from llmjax.mesh import Axes
 from llmjax.run import read
 from llmjax.train.display import Display
 from llmjax.train.program import make, resolve
+from llmjax.train.step import State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,8 @@ def generate(asked: Generate) -> int:
     program = make(run, mesh, meshes.chip_of(run.mesh, devices))
     with program.context(), Checkpoints(folder / "checkpoints") as checkpoints:
         step = choose_step(checkpoints, asked.step, folder)
-        model = checkpoints.restore(step, like(program.abstract_state(), mesh)).model
+        weights = like(program.abstract_state().model, mesh)
+        model = checkpoints.restore(step, State((), weights, ())).model  # nothing else is read
         prompts = [tokenizer.encode(text).ids for text in asked.prompt]
         positions = min(run.sequence, run.model.positions)
         new = complete(model, prompts, asked.sampling, positions=positions, end=end_of_text(tokenizer))

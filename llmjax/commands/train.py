@@ -201,7 +201,7 @@ def samples(program: Program, state: State, dataset, folder: Path, display: Disp
     if not run.prompts or dataset.tokenizer is None:
         return
     tokenizer, positions = dataset.tokenizer, min(run.sequence, run.model.positions)
-    how = Sampling(tokens=min(64, positions // 2))
+    how = Sampling(tokens=min(64, positions // 2), temperature=0.7, top_p=0.9)
     prompts = [tokenizer.encode(text).ids[-(positions - how.tokens) :] for text in run.prompts]
     texts = [
         tokenizer.decode(tokens) for tokens in complete(state.model, prompts, how, positions=positions, end=dataset.end)

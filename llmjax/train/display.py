@@ -19,6 +19,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def flop_rate(number: float) -> str:
+    """FLOP/s with a decimal unit."""
+    return f"{number / 1e12:.3g} TFLOP/s" if number >= 1e12 else f"{number / 1e9:.3g} GFLOP/s"
+
+
 def memory(number: float) -> str:
     """Bytes with a binary unit."""
     for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):

@@ -138,12 +138,15 @@ def learning_rates(optimizer, steps: int) -> np.ndarray:
 def evaluate(
     program: Program, state: State, dataset, ledger: Ledger, step: int, rows: int | None = None
 ) -> dict[str, float]:
-    """Held-out loss in nats per target, and bits per byte where the data is text, over all rows or the first `rows`."""
+    """Held-out loss in nats per target, and bits per byte where the data is text.
+
+    Over all rows, or over `rows` of them, spread evenly.
+    """
     size, batch = dataset.size("heldout"), program.run.batch
-    size = size if rows is None else min(rows, size)
+    chosen = np.arange(size) if rows is None else np.unique(np.linspace(0, size - 1, rows).astype(int))
+    chosen = np.append(chosen, np.full(-len(chosen) % batch, size))  # rows past the end have weight 0
     total, running = np.zeros(2), ()
-    for first in range(0, size, batch):
-        wanted = np.arange(first, first + batch)  # rows past the end have weight 0
+    for wanted in chosen.reshape(-1, batch):
         arrays = place(dataset, "heldout", wanted, accumulate=program.accumulate, sharding=program.batch_sharding())
         # One at a time: the collectives of two programs side by side may meet in another order on another process,
         # and then both wait for ever.

@@ -1,0 +1,96 @@
+"""Completions are what the model's probabilities say, on any mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax import layout as layouts
+from llmjax import mesh as meshes
+from llmjax.errors import Refused
+from llmjax.evaluate.generate import Sampling, choose, complete
+from llmjax.models import nn
+from llmjax.models.llama import Llama
+
+TINY = Llama(vocab=64, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ff=64, positions=48)
+PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+@functools.cache
+def completed(how: Sampling, devices: int = 1, layout: str = "dp", end: int | None = None) -> list[list[int]]:
+    layout = layouts.PRESETS[layout]
+    axes = meshes.fill(meshes.Axes(), devices, used=layout.axes(), rest=layout.rest(), tensor=2)
+    mesh = meshes.device_mesh(axes, jax.devices()[:devices])
+    with jax.set_mesh(mesh), nn.compute(nn.Compute(layout=layout)):
+        model = jax.jit(TINY.init)(jax.random.key(0))
+        return complete(model, PROMPTS, how, positions=TINY.positions, end=end)
+
+
+def test_greedy_takes_the_likeliest_token_after_every_prefix():
+    with jax.set_mesh(meshes.device_mesh(meshes.Axes(1, 1, 1, 1, 1, 1), jax.devices()[:1])), nn.compute(nn.Compute()):
+        model = jax.jit(TINY.init)(jax.random.key(0))
+        logits = jax.jit(lambda tokens_BT: model(tokens_BT))
+        for prompt, new in zip(PROMPTS, completed(Sampling(tokens=6)), strict=True):
+            tokens = list(prompt)
+            for token in new:
+                padded_BT = np.zeros((1, TINY.positions), np.int32)
+                padded_BT[0, : len(tokens)] = tokens
+                assert token == int(jnp.argmax(logits(padded_BT)[0, len(tokens) - 1]))
+                tokens.append(token)
+
+
+@pytest.mark.parametrize("layout", ["fsdp_tp", "fsdp_tp_sp"])
+@pytest.mark.parametrize("how", [Sampling(tokens=6), Sampling(tokens=6, temperature=1.0, top_k=8, top_p=0.9, seed=2)])
+def test_eight_devices_complete_as_one_does(how, layout):
+    assert completed(how, 8, layout) == completed(how)
+
+
+def test_a_seed_gives_the_same_text_again_and_another_seed_another():
+    first, same, other = (complete_with(seed) for seed in (1, 1, 2))
+    assert first == same != other
+
+
+def complete_with(seed: int) -> list[list[int]]:
+    completed.cache_clear()
+    return completed(Sampling(tokens=12, temperature=1.0, seed=seed))
+
+
+def test_a_completion_ends_before_the_end_of_text():
+    whole = completed(Sampling(tokens=6))
+    end = whole[0][3]
+    assert completed(Sampling(tokens=6), end=end)[0] == whole[0][: whole[0].index(end)]
+
+
+def draws(how: Sampling) -> np.ndarray:
+    """4,000 tokens drawn from the probabilities 0.5, 0.3, 0.15, 0.05."""
+    logits_BV = jnp.log(jnp.tile(jnp.array([[0.15, 0.5, 0.05, 0.3]]), (4000, 1)))
+    return np.bincount(np.asarray(choose(logits_BV, jax.random.key(how.seed), how)), minlength=4) / 4000
+
+
+def test_sampling_follows_the_probabilities():
+    np.testing.assert_allclose(draws(Sampling(temperature=1.0)), [0.15, 0.5, 0.05, 0.3], atol=0.03)
+    cold = np.array([0.15, 0.5, 0.05, 0.3]) ** 2
+    np.testing.assert_allclose(draws(Sampling(temperature=0.5)), cold / cold.sum(), atol=0.03)
+
+
+def test_top_k_and_top_p_leave_out_the_unlikely():
+    np.testing.assert_allclose(draws(Sampling(temperature=1.0, top_k=2)), [0, 0.625, 0, 0.375], atol=0.03)
+    np.testing.assert_allclose(draws(Sampling(temperature=1.0, top_p=0.79)), [0, 0.625, 0, 0.375], atol=0.03)
+    np.testing.assert_allclose(draws(Sampling(temperature=1.0, top_p=0.01)), [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (Sampling(tokens=0), "tokens is 0: give at least 1"),
+        (Sampling(temperature=-1.0), r"temperature is -1\.0: give 0"),
+        (Sampling(top_k=-1), "top-k is -1: give a positive"),
+        (Sampling(top_p=0.0), r"top-p is 0\.0: give a number above 0"),
+        (Sampling(tokens=41), "8 tokens and 41 more .* has 48 positions: shorten the prompt or lower --tokens"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused_with_the_remedy(how, message):
+    with pytest.raises(Refused, match=message):
+        completed(how)
