@@ -13,8 +13,8 @@ import pytest
 
 import llmjax
 from llmjax import cli
-from llmjax.run import Run, read
 from llmjax.commands.train import claim
+from llmjax.run import Run, read
 
 # two seconds to compile
 TINY = """--model.vocab 64 --model.layers 1 --model.width 32 --model.heads 2 --model.kv-heads 2 --model.head-dim 16

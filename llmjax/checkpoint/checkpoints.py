@@ -6,7 +6,9 @@ folder with a plain number is complete whenever the process was killed. Arrays a
 """
 
 import contextlib
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ class Checkpoints:
         self.wait()
         with self._failures(step):
             path = self.folder / str(step)
+            self.folder.mkdir(parents=True, exist_ok=True)  # Orbax's own try would fail in a thread, minutes later
             self._writing = step, ocp.save_async(path, named(state), overwrite=True, custom_metadata=facts)
 
     def wait(self) -> None:
@@ -115,9 +118,13 @@ class Checkpoints:
         import orbax.checkpoint.experimental.v1 as ocp
 
         try:
-            return ocp.metadata(self.folder / str(step))
+            with _kept_quiet(logging.getLogger("absl")) as said:
+                metadata = ocp.metadata(self.folder / str(step))
         except Exception as error:
             raise self._broken(step, error) from error
+        if metadata.metadata is None:  # for some damage Orbax writes only a line to its log
+            raise self._broken(step, ValueError("\n".join(said).rpartition("Error details: ")[2]))
+        return metadata
 
     def _broken(self, step: int, error: Exception) -> Refused:
         path, others = self.folder / str(step), [s for s in self.steps() if s != step]
@@ -136,6 +143,22 @@ class Checkpoints:
                 f"folder that can be written with --runs, then run the same command to continue.",
                 IO,
             ) from error
+
+
+@contextlib.contextmanager
+def _kept_quiet(logger: logging.Logger) -> Iterator[list[str]]:
+    """Collects what is logged instead of showing it."""
+    said: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        return False
+
+    logger.addFilter(keep)
+    try:
+        yield said
+    finally:
+        logger.removeFilter(keep)
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Sawtooth:
 
 
 def test_the_command_line_sets_the_peak_and_the_fields_of_any_schedule():
-    run, _ = parse(stdlib_tiny.run, ["--optimizer.lr", "0.5", "--optimizer.schedule.warmup", "7"], "train")
+    run = parse(stdlib_tiny.run, ["--optimizer.lr", "0.5", "--optimizer.schedule.warmup", "7"], "train")
     assert run.optimizer == dataclasses.replace(stdlib_tiny.run.optimizer, lr=0.5, schedule=Cosine(warmup=7))
     own = dataclasses.replace(run, optimizer=AdamW(schedule=Sawtooth()))
     run, _ = parse(own, ["--optimizer.schedule.teeth", "5"], "train")
