@@ -107,8 +107,9 @@ class Sawtooth:
 
 def test_the_command_line_sets_the_peak_and_the_fields_of_any_schedule():
     run = parse(stdlib_tiny.run, ["--optimizer.lr", "0.5", "--optimizer.schedule.warmup", "7"], "train")
-    assert run.optimizer == dataclasses.replace(stdlib_tiny.run.optimizer, lr=0.5, schedule=Cosine(warmup=7))
+    schedule = dataclasses.replace(stdlib_tiny.run.optimizer.schedule, warmup=7)
+    assert run.optimizer == dataclasses.replace(stdlib_tiny.run.optimizer, lr=0.5, schedule=schedule)
     own = dataclasses.replace(run, optimizer=AdamW(schedule=Sawtooth()))
-    run, _ = parse(own, ["--optimizer.schedule.teeth", "5"], "train")
+    run = parse(own, ["--optimizer.schedule.teeth", "5"], "train")
     assert run.optimizer.schedule == Sawtooth(5) and from_json(to_json(run)) == run
     np.testing.assert_allclose(learning_rates(run.optimizer, 10)[:3], 3e-4 * np.array([1, 0.5, 1]), rtol=1e-6)
