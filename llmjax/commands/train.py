@@ -185,7 +185,7 @@ def header(program: Program, state: State, dataset, start: int, display: Display
             f"({run.steps * run.batch / train:.2f} epochs)",
             "devices": f"{program.mesh.size} x {jax.devices()[0].device_kind}{here}",
             "mesh": f"{run.mesh.name}: {axes}; layout {run.layout.name}",
-            "compute": f"{program.compute.operands} products, {program.accumulate} microbatches, remat {run.remat}",
+            "compute": f"{program.compute.operands} products, accumulation {program.accumulate}, remat {run.remat}",
             "memory": f"per device: parameters {memory(bytes_per_device(state.model, program.mesh))}, "
             f"optimizer {memory(bytes_per_device(state.opt, program.mesh))}",
             "folder": str(run.folder()),
@@ -232,10 +232,11 @@ def summary(run: Run, facts: dict[str, float], dataset, folder: Path, display: D
 
 def next_steps(run: Run) -> str:
     """What a user can do with a finished run."""
-    at = "" if run.runs == "runs" else f" --runs {run.runs}"
-    lines = [f"  llmjax train {run.name} --name again --steps {2 * run.steps}   trains a longer run"]
+    longer = f"llmjax train {run.folder() / 'run.json'} --name {run.name}_longer --steps {2 * run.steps}"
+    lines = [f"  {longer}"]
     if run.prompts:
-        lines.insert(0, f'  llmjax generate {run.name}{at} --prompt "def parse"')
+        at = "" if run.runs == "runs" else f" --runs {run.runs}"
+        lines.insert(0, f'  llmjax generate {run.name}{at} --prompt "def parse" --temperature 0.8')
     return "Next:\n" + "\n".join(lines)
 
 
