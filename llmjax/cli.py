@@ -1,6 +1,7 @@
 """The `llmjax` command: parses, calls, prints."""
 
 import dataclasses
+import errno
 import os
 import sys
 import traceback
@@ -72,11 +73,15 @@ def _exit(call: Callable[..., int], *arguments) -> None:
 
 
 def _failed(error: Exception) -> int:
-    """A lost peer is named; anything else is a bug and shows its traceback."""
+    """A lost peer and a failing disk are named; anything else is a bug and shows its traceback."""
     processes = sys.modules.get("llmjax.processes")
     if processes and processes.lost_peer(error):
         print("llmjax: another process of this run is gone: run the same command to continue.", file=sys.stderr)
         return PEER_LOST
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        where = f"{error.filename} " if error.filename else "a file "
+        print(f"llmjax: {where}cannot be written ({error.strerror}): make room, then run it again.", file=sys.stderr)
+        return IO
     traceback.print_exception(error)
     return 1
 

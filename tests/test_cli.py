@@ -90,6 +90,7 @@ def refused(ended: Ended, code: int, *words: str) -> str:
             "train --sequence 512 --model.positions 256",
             "sequence is 512, longer than the model's 256 positions: lower --sequence or raise",
         ),
+        ("train --model.head-dim 63", "model.head_dim is 63: rotary positions turn pairs of numbers"),
         ("train --clip -1", "clip is -1.0: give at least 0"),
         ("train --mesh h100x8", "mesh h100x8 is of H100 chips and this machine has cpu"),
         ("train llama31_405b_v5p_512", "or emulate eight CPU devices with --mesh cpu8"),
@@ -145,7 +146,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_both_remedies(shell, 
 
 def test_a_folder_that_cannot_take_the_run_is_refused_before_the_data_is_read(shell, tmp_path):
     (tmp_path / "runs").write_text("mine")
-    refused(shell("train"), 74, "stdlib_tiny cannot be written", "runs is a file", "choose another folder, --runs")
+    refused(shell("train"), 2, "stdlib_tiny cannot be written", "runs is a file", "choose another folder, --runs")
     refused(shell("launch", "train"), 74, "runs/.cache/logs cannot take the logs", "choose another folder, --logs")
     refused(shell("bench", "--json", "no/such.json"), 74, "json is no/such.json", "make it, or choose another file")
     assert everything_in(tmp_path) == {"runs": b"mine"}
@@ -241,6 +242,12 @@ def test_bench_takes_an_experiment_its_fields_axes_and_a_layout_and_writes_what_
     assert written["fastest_ms"] <= written["step_ms"] <= written["slowest_ms"]
     assert f"{written['tokens_per_s']:,.0f} tokens/s" in ended.out
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
+
+
+def test_a_full_disk_is_one_sentence_with_the_remedy(shell):
+    ended = shell(*f"bench bench_small {TINY} --mesh cpu8 --warmup 0 --repeats 1 --json /dev/full".split())
+    assert ended.code == 74 and ended.err.count("\n") == 1
+    assert "cannot be written (No space left on device): make room, then run it again." in ended.err
 
 
 def test_an_experiment_is_a_program_of_its_own(tmp_path):

@@ -84,12 +84,12 @@ def directory(run: Run) -> Path:
         home = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not home.is_dir() or not os.access(home, os.W_OK):
             why = f"{home} is {'write-protected' if home.is_dir() else 'a file'}"
-            raise Refused(f"{folder} cannot be written ({why}): choose another folder, --runs.", IO)
+            raise Refused(f"{folder} cannot be written ({why}): choose another folder, --runs.")
         if not (folder / "run.json").exists():
             return folder
         found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except OSError as error:
-        raise Refused(f"{folder} cannot be read ({error.strerror}): choose another folder, --runs.", IO) from error
+        raise Refused(f"{folder} cannot be read ({error.strerror}): choose another folder, --runs.") from error
     except ValueError as error:
         raise Refused(
             f"{folder / 'run.json'} is not JSON ({error}): restore it or start afresh with another --name.", DATA

@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmjax.errors import Refused
 from llmjax.models import nn
 from llmjax.models.attention import RopeScaling, attention, rope_angles, rotate
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama:
-    """Shape of a Llama 3 model."""
+    """Shape of a Llama 3 model.
+
+    Raises:
+      Refused: `head_dim` is odd.
+    """
 
     vocab: int = 4096
     "Vocabulary size, V."
@@ -39,6 +44,12 @@ class Llama:
     "Use the embedding as the output head."
     epsilon: float = 1e-5
     "Added to the mean square in RMSNorm."
+
+    def __post_init__(self):
+        if self.head_dim % 2:
+            raise Refused(
+                f"model.head_dim is {self.head_dim}: rotary positions turn pairs of numbers; give an even one."
+            )
 
     def sizes(self) -> nn.Sizes:
         """Size of every letter of a weight."""
