@@ -1,4 +1,10 @@
-"""The size of nanoGPT's character model: for `llmjax bench`, on synthetic tokens."""
+"""The size of nanoGPT's character model, in float32: for `llmjax bench`, on synthetic tokens.
+
+    llmjax bench
+
+Measured on two virtual cores of an AMD EPYC (Zen 4), 2026-11-24, Python 3.11, jax 0.10.2: 1,890 to 2,050 tokens/s,
+63 to 66 % of what a 2048² float32 matrix product reaches there (0.21 TFLOP/s).
+"""
 
 from llmjax.data.dataset import Synthetic
 from llmjax.models.llama import Llama
@@ -19,6 +25,7 @@ run = Run(
     steps=200,
     batch=16,
     sequence=256,
+    dtype="float32",
 )
 
 if __name__ == "__main__":
