@@ -6,7 +6,10 @@ folder with a plain number is complete whenever the process was killed. Arrays a
 """
 
 import contextlib
+import logging
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +108,7 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
-            with context:
+            with context, _quiet():
                 arrays = ocp.load(self.folder / str(step), wanted)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             raise self._broken(step, error) from error
@@ -115,7 +118,11 @@ class Checkpoints:
         import orbax.checkpoint.experimental.v1 as ocp
 
         try:
-            return ocp.metadata(self.folder / str(step))
+            with _quiet():
+                found = ocp.metadata(self.folder / str(step))
+                if found.metadata is None:  # Orbax only warns of what it could not read
+                    raise ValueError("its list of arrays is damaged")
+            return found
         except Exception as error:
             raise self._broken(step, error) from error
 
@@ -156,6 +163,26 @@ def like(tree: Any, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """While Orbax reads. When an array cannot be read, one sentence of ours says it, not Orbax and its helpers too.
+
+    Orbax warns; it also leaves the other reads behind, and their tracebacks may come until the process ends.
+    """
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda shown: None if "Event loop is closed" in str(shown.exc_value) else hook(shown)
+    try:
+        yield
+    except Exception:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
+    finally:
+        log.setLevel(level)
+    sys.unraisablehook = hook
 
 
 def first_line(error: BaseException) -> str:

@@ -162,7 +162,7 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
         )
     state = ledger.checkpoints.restore(step, like(program.abstract_state(), program.mesh))
     if ledger.records:
-        ledger.records.rewind(step)
+        ledger.records.rewind(step, program.run.steps)
     ledger.display.say(f"Continuing {program.run.folder()} from step {step:,}.")
     return state, step
 
@@ -233,7 +233,8 @@ def summary(run: Run, facts: dict[str, float], dataset, folder: Path, display: D
 def next_steps(run: Run) -> str:
     """What a user can do with a finished run."""
     at = "" if run.runs == "runs" else f" --runs {run.runs}"
-    lines = [f"  llmjax train {run.name} --name again --steps {2 * run.steps}   trains a longer run"]
+    itself = run.folder() / "run.json"  # the experiment's name may be another than the run's, or a file
+    lines = [f"  llmjax train {itself} --name again --steps {2 * run.steps}   trains a longer run"]
     if run.prompts:
         lines.insert(0, f'  llmjax generate {run.name}{at} --prompt "def parse"')
     return "Next:\n" + "\n".join(lines)

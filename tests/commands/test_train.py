@@ -33,10 +33,11 @@ METRICS = "step loss grad_norm lr tokens tokens_per_s step_ms mfu data_wait_ms".
 EVALUATION = "step eval_loss eval_targets".split()
 LIMIT = 240  # seconds for any command
 
-SYNTHETIC = f'''
+EXPERIMENT = '''
 """A small run."""
 
-from llmjax.data.dataset import Synthetic
+from llmjax.data.dataset import Synthetic, Text
+from llmjax.data.tokenizer import Bytes
 from llmjax.models.llama import Llama
 from llmjax.optim.adamw import AdamW
 from llmjax.run import Run
@@ -44,38 +45,24 @@ from llmjax.train.loss import NextToken
 from meshes import local
 
 run = Run(
-    model=Llama(vocab=64, layers=2, width=32, heads=4, kv_heads=4, head_dim=8, ff=64, positions=16),
-    data=Synthetic(vocab=64, rows=256),
+    model=Llama(vocab={vocab}, layers=2, width=32, heads=4, kv_heads=4, head_dim=8, ff=64, positions=16),
+    data={data},
     optimizer=AdamW(lr=3e-3),
     loss=NextToken(),
     mesh=local.cluster,
-    steps={STEPS},
+    steps=24,
     batch=16,
     sequence=16,
     dtype="float32",
     eval_every=8,
     save_every=4,
+    prompts={prompts},
 )
 '''
-TEXT = f'''
-"""A small run on text."""
-
-import dataclasses
-from pathlib import Path
-
-from llmjax.data.dataset import Text
-from llmjax.data.tokenizer import Bytes
-from llmjax_file_synthetic import run as synthetic
-
-run = dataclasses.replace(
-    synthetic,
-    model=dataclasses.replace(synthetic.model, vocab=260, positions=32),
-    data=Text(path=str(Path(__file__).parent / "corpus"), tokenizer=Bytes(), heldout=0.2),
-    steps={STEPS},
-    prompts=("a quick", "the lazy"),
-    name="text",
+SYNTHETIC = EXPERIMENT.format(vocab=64, data="Synthetic(vocab=64, rows=256)", prompts="()")
+TEXT = EXPERIMENT.format(
+    vocab=260, data='Text(path="corpus", tokenizer=Bytes(), heldout=0.2)', prompts='("a quick", "the lazy")'
 )
-'''
 FOUR = ("--processes.devices", "4")
 
 
@@ -147,6 +134,7 @@ def ended(process: subprocess.Popen) -> Ended:
 def place(tmp_path_factory) -> Place:
     folder = tmp_path_factory.mktemp("train")
     (folder / "synthetic.py").write_text(SYNTHETIC)
+    (folder / "text.py").write_text(TEXT)
     (folder / "corpus").mkdir()
     for number in range(10):
         (folder / "corpus" / f"{number}.txt").write_text(f"a quick brown fox jumps over the lazy dog {number}. " * 40)
@@ -154,10 +142,21 @@ def place(tmp_path_factory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def golden(place) -> Path:
-    """The directory of a run on four devices that nothing has disturbed."""
-    done = place.run("train", "synthetic.py", "--name", "golden", *FOUR)
-    assert (done.code, done.err) == (0, "") and "Done: 24 steps" in done.out
+def whole(place) -> dict[str, Ended]:
+    """What became of three runs that nothing has disturbed, done side by side."""
+    wild = ("--optimizer.lr", "1e30", "--clip", "0", "--save-every", "1", "--processes.devices", "1")
+    ends = place.together(
+        ("train", "synthetic.py", "--name", "golden", *FOUR),
+        ("train", "text.py", "--processes.devices", "1"),
+        ("train", "synthetic.py", "--name", "wild", *wild),
+    )
+    return dict(zip(("golden", "text", "wild"), ends, strict=True))
+
+
+@pytest.fixture(scope="module")
+def golden(place, whole) -> Path:
+    """The directory of an unbroken run on four devices."""
+    assert (whole["golden"].code, whole["golden"].err) == (0, "") and "Done: 24 steps" in whole["golden"].out
     return place.runs / "golden"
 
 
@@ -234,73 +233,64 @@ def test_run_json_fed_back_computes_the_same_bit_for_bit(place, golden):
     assert equal(arrays(place.runs / "other"), arrays(golden))
 
 
-def test_after_two_kills_the_curve_and_the_weights_are_those_of_an_unbroken_run(place, golden):
-    command = ("train", "synthetic.py", "--name", "killed", *FOUR)
-    folder = place.runs / "killed"
-    for lines in (2, 13):
-        assert place.signalled(signal.SIGKILL, "killed", lines, *command).code == -signal.SIGKILL
+def test_killed_stopped_and_damaged_a_run_ends_with_the_curve_and_the_weights_of_an_unbroken_one(place, golden):
+    command, folder = ("train", "synthetic.py", "--name", "broken", *FOUR), place.runs / "broken"
+    checkpoints = Checkpoints(folder / "checkpoints")
+
+    def kill(lines):
+        assert place.signalled(signal.SIGKILL, "broken", lines, *command).code == -signal.SIGKILL
         assert lines <= len(metrics(folder)) < len(metrics(golden)) and "finish" not in kinds(folder)
-    done = place.run(*command)
-    assert (done.code, done.err) == (0, "") and "Continuing runs/killed from step" in done.out
-    assert curve(folder) == curve(golden)
-    assert equal(arrays(folder), arrays(golden))
-    assert not list((folder / "checkpoints").glob("*tmp*"))
 
+    def stop(number, lines):
+        ended = place.signalled(number, "broken", lines, *command)
+        step = metrics(folder)[-1]["step"]
+        assert (ended.code, ended.err) == (75, "")
+        assert "Stopping after this step; saving. Press Ctrl-C again to leave at once." in ended.out
+        assert f"Stopped and saved after step {step} of 24: run the same command to continue." in ended.out
+        assert checkpoints.latest() == step < STEPS and kinds(folder)[-1] == "stop"
 
-@pytest.fixture(scope="module")
-def stopped(place) -> Path:
-    """The directory of a run on four devices that Ctrl-C has stopped."""
-    ended = place.signalled(signal.SIGINT, "stopped", 6, "train", "synthetic.py", "--name", "stopped", *FOUR)
-    folder = place.runs / "stopped"
-    last = metrics(folder)[-1]["step"]
-    assert (ended.code, ended.err) == (75, "")
-    assert "Stopping after this step; saving. Press Ctrl-C again to leave at once." in ended.out
-    assert f"Stopped and saved after step {last} of 24: run the same command to continue." in ended.out
-    assert Checkpoints(folder / "checkpoints").latest() == last < STEPS and kinds(folder)[-1] == "stop"
-    return folder
+    kill(lines=2)
+    stop(signal.SIGINT, lines=6)
+    assert losses(folder).tolist() == losses(golden).tolist()[: checkpoints.latest()]
 
-
-def test_stopped_by_ctrl_c_and_by_sigterm_it_continues_to_the_same_curve(place, golden, stopped):
-    folder = shutil.copytree(stopped, place.runs / "continued")
-    command = ("train", "synthetic.py", "--name", "continued", *FOUR)
-    lines = len(metrics(folder)) + 3
-    ended = place.signalled(signal.SIGTERM, "continued", lines, *command)
-    assert (ended.code, ended.err) == (75, "") and "Stopped and saved after step" in ended.out
-    assert Checkpoints(folder / "checkpoints").latest() == metrics(folder)[-1]["step"] < STEPS
-    done = place.run(*command)
-    assert (done.code, done.err) == (0, "")
-    assert curve(folder) == curve(golden)
-    assert equal(arrays(folder), arrays(golden))
-
-
-def test_a_damaged_newest_checkpoint_is_refused_and_the_remedy_works(place, golden, stopped):
-    folder = shutil.copytree(stopped, place.runs / "damaged")
-    command = ("train", "synthetic.py", "--name", "damaged", *FOUR)
-    older, newest = Checkpoints(folder / "checkpoints").steps()
-    damaged = folder / "checkpoints" / str(newest)
+    older, newest = checkpoints.steps()
+    damaged = checkpoints.folder / str(newest)
     (damaged / "state" / "manifest.ocdbt").write_bytes(b"")
-    before = content(folder / "checkpoints")
+    before = content(checkpoints.folder)
     refused = place.run(*command)
-    assert refused.code == 65 and "Traceback" not in refused.err
-    assert refused.err.startswith(f"llmjax: checkpoint {damaged} cannot be read (")
-    assert refused.err.endswith(f"): delete that folder to continue from step {older}.\n")
-    assert content(folder / "checkpoints") == before
-    shutil.rmtree(damaged)
+    sentence = f"llmjax: checkpoint {damaged} cannot be read (its list of arrays is damaged): "
+    assert refused.err == f"{sentence}delete that folder to continue from step {older}.\n"
+    assert refused.code == 65 and content(checkpoints.folder) == before
+    shutil.rmtree(damaged)  # the remedy
+
+    stop(signal.SIGTERM, lines=len(metrics(folder)) + 3)
+    kill(lines=len(metrics(folder)) + 4)
     done = place.run(*command)
-    assert done.code == 0 and f"Continuing runs/damaged from step {older}." in done.out
+    assert (done.code, done.err) == (0, "") and "Continuing runs/broken from step" in done.out
     assert curve(folder) == curve(golden)
     assert equal(arrays(folder), arrays(golden))
+    assert not list(checkpoints.folder.glob("*tmp*"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_its_step_is_saved(place):
-    command = ("train", "synthetic.py", "--name", "wild", "--optimizer.lr", "1e30", "--clip", "0", "--save-every", "1")
-    ended = place.run(*command, "--processes.devices", "1")
+def test_a_loss_that_is_not_finite_ends_the_run_before_its_step_is_saved(place, whole):
+    ended = whole["wild"]
     bad = metrics(place.runs / "wild")[-1]
     assert ended.code == 70 and not np.isfinite([bad["loss"], bad["grad_norm"]]).all()
     assert ended.err.startswith(f"llmjax: step {bad['step']}: the loss is ") and ended.err.count("\n") == 1
     assert "so training stopped and this step was not saved: lower --optimizer.lr" in ended.err
     assert Checkpoints(place.runs / "wild" / "checkpoints").latest() == bad["step"] - 1
-    assert all(np.isfinite(array).all() for array in arrays(place.runs / "wild").values())
+    assert kinds(place.runs / "wild")[-1] == "fault"
+
+
+def test_a_run_on_text_measures_bits_per_byte_and_keeps_samples(place, whole):
+    folder = place.runs / "text"
+    assert (whole["text"].code, whole["text"].err) == (0, "") and "bits per byte" in whole["text"].out
+    assert [path.name for path in (folder / "samples").iterdir()] == ["24.json"]
+    samples = json.loads((folder / "samples" / "24.json").read_text())
+    assert [sample["prompt"] for sample in samples] == ["a quick", "the lazy"] and all(s["text"] for s in samples)
+    evaluations = [line for line in metrics(folder) if "eval_loss" in line]
+    assert [list(line) for line in evaluations] == [["step", "eval_loss", "bits_per_byte", "eval_targets"]] * 3
+    assert (folder / "tokenizer.json").is_file()
 
 
 def test_a_run_continues_on_another_mesh_and_on_other_processes(place, golden):
@@ -338,3 +328,43 @@ def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(place, sizes):
         state = checkpoints.restore(checkpoints.latest(), wanted)
     assert all(x.sharding == w.sharding for x, w in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True))
     assert equal(dict(zip(stored, map(np.asarray, jax.tree.leaves(state)), strict=True)), stored)
+
+
+def test_two_processes_stop_together_and_compute_what_one_does(place, golden):
+    folder = place.runs / "pair"
+    launch = ("launch", "--processes", "2", "--devices", "2", "--logs", "logs", "train", "synthetic.py")
+    ended = place.signalled(signal.SIGINT, "pair", 10, *launch, "--name", "pair")
+    step = metrics(folder)[-1]["step"]
+    assert (ended.code, ended.err) == (75, "") and f"Stopped and saved after step {step} of 24" in ended.out
+    assert Checkpoints(folder / "checkpoints").latest() == step < STEPS
+    assert (place.folder / "logs" / "process_1.log").read_text() == "process 1 of 2: 2 of 4 devices, 8 of 16 rows\n"
+    done = place.run(*launch, "--name", "pair")
+    assert (done.code, done.err) == (0, "") and f"Continuing runs/pair from step {step}." in done.out
+    assert "devices  4 x cpu, 2 processes" in done.out
+    assert "process 0 of 2: 2 of 4 devices, 8 of 16 rows" in done.out
+    assert (place.folder / "logs" / "process_1.log").read_text() == "process 1 of 2: 2 of 4 devices, 8 of 16 rows\n"
+    np.testing.assert_allclose(losses(folder), losses(golden), rtol=1e-6)
+    evaluated = [[(e["step"], e["eval_loss"]) for e in metrics(f) if "eval_loss" in e] for f in (folder, golden)]
+    np.testing.assert_allclose(*evaluated, rtol=1e-6)
+    np.testing.assert_equal([e["kind"] for e in read(folder / "events.jsonl")].count("finish"), 1)
+
+
+def test_a_launch_passes_on_what_its_processes_refuse(place):
+    ended = place.run("launch", "--processes", "2", "--devices", "1", "train", "text.py", "--data.path", "nowhere")
+    assert ended.code == 65 and ended.err.count("nowhere") == 1 and "Traceback" not in ended.err + ended.out
+
+
+def test_the_tutorial_s_network_has_the_same_weights_on_any_devices(place):
+    train = ("train", "tutorial_mlp", "--name")
+    ends = place.together(
+        *((*train, f"mlp{n}", "--processes.devices", str(n)) for n in (1, 2, 4)),
+        ("launch", "--processes", "2", "--devices", "2", "--logs", "logs_mlp", *train, "mlp_pair"),
+    )
+    assert [(done.code, done.err) for done in ends] == [(0, "")] * 4
+    one = arrays(place.runs / "mlp1")
+    assert {name for name in one if name.startswith("model")} == {
+        f"model.{layer}.{part}" for layer in ("hidden", "out") for part in ("kernel", "bias")
+    }
+    for other in ("mlp2", "mlp4", "mlp_pair"):
+        for name, array in arrays(place.runs / other).items():
+            np.testing.assert_allclose(array, one[name], rtol=1e-6, atol=1e-6, err_msg=f"{other} {name}")
