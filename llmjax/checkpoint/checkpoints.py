@@ -8,6 +8,7 @@ folder with a plain number is complete whenever the process was killed. Arrays a
 import contextlib
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
-            with context:
+            with context, _quiet():
                 arrays = ocp.load(self.folder / str(step), wanted)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             raise self._broken(step, error) from error
@@ -118,13 +119,13 @@ class Checkpoints:
         import orbax.checkpoint.experimental.v1 as ocp
 
         try:
-            with _kept_quiet(logging.getLogger("absl")) as said:
-                metadata = ocp.metadata(self.folder / str(step))
+            with _quiet():
+                found = ocp.metadata(self.folder / str(step))
+                if found.metadata is None:  # Orbax only warns of what it could not read
+                    raise ValueError("its list of arrays is damaged")
+            return found
         except Exception as error:
             raise self._broken(step, error) from error
-        if metadata.metadata is None:  # for some damage Orbax writes only a line to its log
-            raise self._broken(step, ValueError("\n".join(said).rpartition("Error details: ")[2]))
-        return metadata
 
     def _broken(self, step: int, error: Exception) -> Refused:
         path, others = self.folder / str(step), [s for s in self.steps() if s != step]
@@ -145,22 +146,6 @@ class Checkpoints:
             ) from error
 
 
-@contextlib.contextmanager
-def _kept_quiet(logger: logging.Logger) -> Iterator[list[str]]:
-    """Collects what is logged instead of showing it."""
-    said: list[str] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        said.append(record.getMessage())
-        return False
-
-    logger.addFilter(keep)
-    try:
-        yield said
-    finally:
-        logger.removeFilter(keep)
-
-
 def named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by name, in the tree's order; the `value` inside an nnx.Param goes without saying."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -179,6 +164,26 @@ def like(tree: Any, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """While Orbax reads. When an array cannot be read, one sentence of ours says it, not Orbax and its helpers too.
+
+    Orbax warns; it also leaves the other reads behind, and their tracebacks may come until the process ends.
+    """
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda shown: None if "Event loop is closed" in str(shown.exc_value) else hook(shown)
+    try:
+        yield
+    except Exception:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
+    finally:
+        log.setLevel(level)
+    sys.unraisablehook = hook
 
 
 def first_line(error: BaseException) -> str:

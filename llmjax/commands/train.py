@@ -162,7 +162,7 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
         )
     state = ledger.checkpoints.restore(step, like(program.abstract_state(), program.mesh))
     if ledger.records:
-        ledger.records.rewind(step)
+        ledger.records.rewind(step, program.run.steps)
     ledger.display.say(f"Continuing {program.run.folder()} from step {step:,}.")
     return state, step
 
@@ -232,8 +232,8 @@ def summary(run: Run, facts: dict[str, float], dataset, folder: Path, display: D
 
 def next_steps(run: Run) -> str:
     """What a user can do with a finished run."""
-    longer = f"llmjax train {run.folder() / 'run.json'} --name {run.name}_longer --steps {2 * run.steps}"
-    lines = [f"  {longer}"]
+    itself = run.folder() / "run.json"  # the experiment's name may be another than the run's, or a file
+    lines = [f"  llmjax train {itself} --name {run.name}_longer --steps {2 * run.steps}"]
     if run.prompts:
         at = "" if run.runs == "runs" else f" --runs {run.runs}"
         lines.insert(0, f'  llmjax generate {run.name}{at} --prompt "def parse" --temperature 0.8')

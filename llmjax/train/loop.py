@@ -119,6 +119,7 @@ class Reporter:
             step + 1, run.steps, loss, self.tokens / mean, 1e3 * mean, (run.steps - step - 1) * mean
         )
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.ledger.event("fault", step=step + 1, reason="not finite")
             raise Refused(
                 f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}, so training stopped and this "
                 f"step was not saved: lower --optimizer.lr, or look at the data of this step.",

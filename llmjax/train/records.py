@@ -27,11 +27,15 @@ class Records:
             if file is not None:
                 file.close()
 
-    def rewind(self, step: int) -> None:
-        """Drops the metrics after `step` steps: those steps will be done again."""
+    def rewind(self, step: int, end: int | None = None) -> None:
+        """Drops the metrics of what will be done again: steps after `step`, and the evaluation after the last, `end`.
+
+        A run killed between its last evaluation and the end of its records evaluates once more.
+        """
         self._metrics.close()
         path = self.folder / "metrics.jsonl"
-        write(path, [line for line in read(path) if line["step"] <= step])
+        again = [line for line in read(path) if line["step"] > step or (line["step"] == end and "eval_loss" in line)]
+        write(path, [line for line in read(path) if line not in again])
         self._metrics = path.open("a", encoding="utf-8", buffering=1)
         self._start = step
 

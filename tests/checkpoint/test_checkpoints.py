@@ -112,15 +112,16 @@ def test_what_is_not_a_whole_checkpoint_is_not_taken_for_one(tmp_path):
         assert (tmp_path / "notes").exists()
 
 
-@pytest.mark.parametrize("harm", ["manifest", "metadata", "data"])
+@pytest.mark.parametrize("harm", ["manifest", "metadata", "sharding", "data"])
 def test_a_damaged_checkpoint_is_refused_with_its_name_and_the_remedy(tmp_path, harm):
-    state = {"x": jnp.arange(1000.0)}
+    state = {"x": jnp.arange(1000.0), "y": jnp.ones(3)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state, {})
         checkpoints.save(4, state, {})
     folder = tmp_path / "4" / "state"
     data = [p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d"]
-    for path in {"manifest": [folder / "manifest.ocdbt"], "metadata": [folder / "_METADATA"], "data": data}[harm]:
+    files = {"manifest": "manifest.ocdbt", "metadata": "_METADATA", "sharding": "_sharding"}
+    for path in data if harm == "data" else [folder / files[harm]]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(Refused, match=r"/4 cannot be read .* step 3") as refused:
         checkpoints.restore(4, jax.eval_shape(lambda: state))

@@ -1,6 +1,8 @@
 """The batch is a function of the step: the same on any mesh, complete in every epoch, ready in time."""
 
 import hashlib
+import json
+import textwrap
 import threading
 
 import jax
@@ -10,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from llmjax.data.batches import order, place, prefetch
 from llmjax.data.dataset import ArrayDataset, Synthetic
+from llmjax.processes import launch
 
 
 def sharding_on(**axes):
@@ -62,6 +65,49 @@ def test_the_global_batch_is_the_same_on_any_mesh_and_accumulation(step):
             placed = place(dataset, "train", rows, accumulate=accumulate, sharding=sharding_on(**axes))
             assert placed["tokens"].shape == (accumulate, 16 // accumulate, 12)
             assert batch_hash(placed) == expected
+
+
+# Each of several processes writes down a hash of every row that its devices hold.
+HASHER = """
+    import hashlib, json, pathlib, sys
+    import jax, numpy as np
+    from jax.sharding import NamedSharding
+    from llmjax.data.batches import order, place
+    from llmjax.data.dataset import Synthetic
+    from llmjax.mesh import Axes, device_mesh
+    from llmjax.processes import Processes, start
+    from meshes import local
+    given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    numbers = {key: int(given[f"--processes.{key}"]) for key in ("count", "index", "devices")}
+    devices = start(local.cluster, Processes(given["--processes.coordinator"], **numbers))
+    sharding = NamedSharding(device_mesh(Axes(len(devices), 1, 1, 1, 1, 1), devices), jax.P(None, "data"))
+    dataset = Synthetic(vocab=97, rows=100).open(12, "unused")
+    rows = order(5, batch=16, size=100, seed=7)
+    found = {}
+    for name, array in place(dataset, "train", rows, accumulate=2, sharding=sharding).items():
+        for shard in array.addressable_shards:
+            for a, row in np.ndindex(shard.data.shape[:2]):
+                number = a * 8 + shard.index[1].start + row
+                found[f"{name} {number}"] = hashlib.sha256(np.asarray(shard.data)[a, row].tobytes()).hexdigest()
+    pathlib.Path(f"rows_{numbers['index']}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_hold_the_rows_of_one(tmp_path, monkeypatch):
+    (tmp_path / "hasher.py").write_text(textwrap.dedent(HASHER))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert launch(2, 2, [], tmp_path, module="hasher") == 0
+    first, second = (json.loads((tmp_path / f"rows_{index}.json").read_text()) for index in (0, 1))
+    assert len(first) == len(second) == 3 * 8 and not first.keys() & second.keys()
+    dataset = Synthetic(vocab=97, rows=100).open(12, "unused")
+    whole = dataset.examples("train", order(5, batch=16, size=100, seed=7))
+    assert first | second == {
+        f"{name} {row}": hashlib.sha256(array[row].tobytes()).hexdigest()
+        for name, array in whole.items()
+        for row in range(16)
+    }
 
 
 def test_arrays_of_any_further_dims_are_placed_as_asked():

@@ -20,6 +20,17 @@ def test_lines_come_back_and_what_comes_after_the_resumed_step_is_dropped(tmp_pa
     assert list((tmp_path / "tb").iterdir())
 
 
+def test_an_evaluation_at_the_end_that_will_be_done_again_is_dropped(tmp_path):
+    with Records(tmp_path) as records:
+        for step in (1, 2):
+            records.metrics(dict(step=step, loss=1.0))
+            records.metrics(dict(step=step, eval_loss=2.0))
+        records.rewind(2, 2)
+    assert read(tmp_path / "metrics.jsonl") == [
+        dict(step=1, loss=1.0), dict(step=1, eval_loss=2.0), dict(step=2, loss=1.0)
+    ]  # fmt: skip
+
+
 def test_half_a_line_left_by_a_kill_is_left_out_and_written_over(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(dict(step=1)) + '\n{"step": 2, "lo')
