@@ -272,7 +272,9 @@ def launch(processes: int, devices: int, arguments: Sequence[str], folder: Path,
 def _spawn(command: list[str], log: Path | None) -> subprocess.Popen:
     # A process group of its own: the terminal's Ctrl-C then reaches a child once, through the launcher. gRPC would
     # ask an http_proxy even for this machine.
-    options = {"process_group": 0, "env": os.environ | {"no_grpc_proxy": "127.0.0.1"}, "stdin": subprocess.DEVNULL}
+    # C++ parts would warn of the SIGTERM by which the processes agree to stop.
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ | {"no_grpc_proxy": "127.0.0.1"}
+    options = {"process_group": 0, "env": environment, "stdin": subprocess.DEVNULL}
     if log is None:
         return subprocess.Popen(command, **options)
     with log.open("wb") as output:

@@ -1,6 +1,7 @@
 """Records of a run: metrics.jsonl, events.jsonl and TensorBoard files, written by the first process as it goes."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Records:
         self._start = step
 
     def metrics(self, facts: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, with at least `step`; numbers also go to TensorBoard."""
+        """One line of metrics.jsonl, with at least `step`; finite numbers also go to TensorBoard."""
         self._metrics.write(json.dumps(facts) + "\n")
         if self._board is None:
             from tensorboardX import SummaryWriter
@@ -48,7 +49,7 @@ class Records:
             # With purge_step, TensorBoard hides what an earlier start wrote from that step on.
             self._board = SummaryWriter(str(self.folder / "tb"), purge_step=self._start + 1 if self._start else None)
         for name, value in facts.items():
-            if name != "step" and isinstance(value, (int, float)):
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 self._board.add_scalar(name, value, facts["step"])
 
     def event(self, kind: str, **facts: Any) -> None:

@@ -3,6 +3,7 @@
 Every command is a process of its own, with a compile cache that all of them share.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -12,8 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ import pytest
 from llmjax import cli
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
-from llmjax.checkpoint.checkpoints import Checkpoints, like
+from llmjax.checkpoint.checkpoints import Checkpoints, like, named
 from llmjax.mesh import Axes
 from llmjax.train.program import make
 from llmjax.train.records import read
@@ -105,59 +107,25 @@ class Place:
                 process.kill()
                 process.communicate()
 
-    def together(self, *commands: tuple[str, ...]) -> list[Ended]:
-        """Runs commands side by side, to their end."""
-        with contextlib.ExitStack() as stack:
-            return [ended(process) for process in [stack.enter_context(self.started(*words)) for words in commands]]
-
     def run(self, *words: str) -> Ended:
         """Runs a command to its end."""
-        return self.together(words)[0]
+        with self.started(*words) as process:
+            return ended(process)
 
     def signalled(self, number: int, run: str, lines: int, *words: str) -> Ended:
         """Runs a command, and sends it a signal as soon as the metrics of a run have so many lines."""
         with self.started(*words) as process:
             until = time.monotonic() + LIMIT
-            while len(metrics(self.runs / run)) < lines:
-                assert process.poll() is None and time.monotonic() < until, process.communicate()
+            while process.poll() is None and len(metrics(self.runs / run)) < lines:
+                assert time.monotonic() < until
                 time.sleep(0.002)
-            process.send_signal(number)
+            process.send_signal(number)  # does nothing to one that has ended
             return ended(process)
 
 
 def ended(process: subprocess.Popen) -> Ended:
     out, err = process.communicate(timeout=LIMIT)
     return Ended(process.returncode, out, err)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    folder = tmp_path_factory.mktemp("train")
-    (folder / "synthetic.py").write_text(SYNTHETIC)
-    (folder / "text.py").write_text(TEXT)
-    (folder / "corpus").mkdir()
-    for number in range(10):
-        (folder / "corpus" / f"{number}.txt").write_text(f"a quick brown fox jumps over the lazy dog {number}. " * 40)
-    return Place(folder)
-
-
-@pytest.fixture(scope="module")
-def whole(place) -> dict[str, Ended]:
-    """What became of three runs that nothing has disturbed, done side by side."""
-    wild = ("--optimizer.lr", "1e30", "--clip", "0", "--save-every", "1", "--processes.devices", "1")
-    ends = place.together(
-        ("train", "synthetic.py", "--name", "golden", *FOUR),
-        ("train", "text.py", "--processes.devices", "1"),
-        ("train", "synthetic.py", "--name", "wild", *wild),
-    )
-    return dict(zip(("golden", "text", "wild"), ends, strict=True))
-
-
-@pytest.fixture(scope="module")
-def golden(place, whole) -> Path:
-    """The directory of an unbroken run on four devices."""
-    assert (whole["golden"].code, whole["golden"].err) == (0, "") and "Done: 24 steps" in whole["golden"].out
-    return place.runs / "golden"
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -202,44 +170,26 @@ def kinds(folder: Path) -> list[str]:
     return [event["kind"] for event in read(folder / "events.jsonl")]
 
 
-def test_a_run_directory_holds_what_was_promised(golden):
-    names = {"run.json", "env.json", "metrics.jsonl", "events.jsonl", "tb", "checkpoints"}
-    assert {path.name for path in golden.iterdir()} == names
-    assert Checkpoints(golden / "checkpoints").steps() == [20, 24]  # the newest two
-    assert next(path.name for path in (golden / "tb").iterdir()).startswith("events.out.tfevents")
-    assert kinds(golden) == ["start", *["save"] * 6, "finish"]
-    lines = metrics(golden)
-    assert [list(line) for line in lines if "loss" in line] == [METRICS] * STEPS
-    assert [list(line) for line in lines if "loss" not in line] == [EVALUATION] * 3
-    assert [line["step"] for line in lines if "loss" not in line] == [8, 16, 24]
-    assert [line["tokens"] for line in lines if "loss" in line] == [256 * step for step in range(1, STEPS + 1)]
-    assert all(line["mfu"] is None for line in lines if "loss" in line)  # the peak of a CPU is not known
-    environment = json.loads((golden / "env.json").read_text())
-    assert environment["device_count"] == 4 and environment["mesh"]["data"] == 4 and environment["processes"] == 1
-    assert {"jax", "flax", "optax", "orbax-checkpoint"} <= environment["versions"].keys()
+# The scenarios. Two at a time, as a process that starts keeps one core busy; the tests look at what came of them.
 
 
-def test_a_finished_run_says_so_and_changes_no_file(place, golden):
-    before = content(golden)
-    again = place.run("train", "synthetic.py", "--name", "golden", *FOUR)
-    assert (again.code, again.err) == (0, "") and "Run golden is finished: 24 steps" in again.out
-    assert content(golden) == before
+def golden(place: Place) -> list[Ended]:
+    """A run that nothing disturbs, the same command once more, and the same run from its run.json."""
+    command, folder = ("train", "synthetic.py", "--name", "golden", *FOUR), place.runs / "golden"
+    first, before = place.run(*command), content(folder)
+    again = place.run(*command)
+    assert content(folder) == before
+    return [first, again, place.run("train", str(folder / "run.json"), "--name", "other", *FOUR)]
 
 
-def test_run_json_fed_back_computes_the_same_bit_for_bit(place, golden):
-    done = place.run("train", str(golden / "run.json"), "--name", "other", *FOUR)
-    assert (done.code, done.err) == (0, "")
-    assert curve(place.runs / "other") == curve(golden)
-    assert equal(arrays(place.runs / "other"), arrays(golden))
-
-
-def test_killed_stopped_and_damaged_a_run_ends_with_the_curve_and_the_weights_of_an_unbroken_one(place, golden):
+def broken(place: Place) -> None:
+    """A run that is killed, stopped, damaged, stopped and killed before it comes to its end."""
     command, folder = ("train", "synthetic.py", "--name", "broken", *FOUR), place.runs / "broken"
     checkpoints = Checkpoints(folder / "checkpoints")
 
     def kill(lines):
         assert place.signalled(signal.SIGKILL, "broken", lines, *command).code == -signal.SIGKILL
-        assert lines <= len(metrics(folder)) < len(metrics(golden)) and "finish" not in kinds(folder)
+        assert lines <= len(metrics(folder)) < STEPS + 3 and "finish" not in kinds(folder)
 
     def stop(number, lines):
         ended = place.signalled(number, "broken", lines, *command)
@@ -251,7 +201,6 @@ def test_killed_stopped_and_damaged_a_run_ends_with_the_curve_and_the_weights_of
 
     kill(lines=2)
     stop(signal.SIGINT, lines=6)
-    assert losses(folder).tolist() == losses(golden).tolist()[: checkpoints.latest()]
 
     older, newest = checkpoints.steps()
     damaged = checkpoints.folder / str(newest)
@@ -267,24 +216,162 @@ def test_killed_stopped_and_damaged_a_run_ends_with_the_curve_and_the_weights_of
     kill(lines=len(metrics(folder)) + 4)
     done = place.run(*command)
     assert (done.code, done.err) == (0, "") and "Continuing runs/broken from step" in done.out
-    assert curve(folder) == curve(golden)
-    assert equal(arrays(folder), arrays(golden))
-    assert not list(checkpoints.folder.glob("*tmp*"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_its_step_is_saved(place, whole):
-    ended = whole["wild"]
-    bad = metrics(place.runs / "wild")[-1]
-    assert ended.code == 70 and not np.isfinite([bad["loss"], bad["grad_norm"]]).all()
-    assert ended.err.startswith(f"llmjax: step {bad['step']}: the loss is ") and ended.err.count("\n") == 1
-    assert "so training stopped and this step was not saved: lower --optimizer.lr" in ended.err
-    assert Checkpoints(place.runs / "wild" / "checkpoints").latest() == bad["step"] - 1
-    assert kinds(place.runs / "wild")[-1] == "fault"
+def moved(place: Place) -> int:
+    """A run on mesh (4, 2) that is stopped and goes on in three other places; returns the step it stopped at."""
+    train, mesh = ("train", "synthetic.py", "--layout", "fsdp_tp"), ("--axes.fsdp", "4", "--axes.tensor", "2")
+    eight = ("--processes.devices", "8")
+    ended = place.signalled(signal.SIGINT, "4x2", 13, *train, "--name", "4x2", *eight, *mesh)
+    step = Checkpoints(place.runs / "4x2" / "checkpoints").latest()
+    assert (ended.code, ended.err) == (75, "") and 11 <= step < STEPS
+    launch = ("launch", "--processes", "2", "--devices", "4", "--logs", "logs_4x2")
+    commands = {
+        "2x4": (*train, *eight, "--axes.fsdp", "2", "--axes.tensor", "4"),
+        "one": (*train, "--processes.devices", "1"),
+        "two": (*launch, *train, *mesh),
+    }
+    for name, command in commands.items():
+        shutil.copytree(place.runs / "4x2", place.runs / name)
+        done = place.run(*command, "--name", name)
+        assert (done.code, done.err) == (0, ""), name
+        assert f"Continuing runs/{name} from step {step}." in done.out
+    return step
 
 
-def test_a_run_on_text_measures_bits_per_byte_and_keeps_samples(place, whole):
-    folder = place.runs / "text"
-    assert (whole["text"].code, whole["text"].err) == (0, "") and "bits per byte" in whole["text"].out
+def pair(place: Place) -> None:
+    """Two processes that are stopped by Ctrl-C and started again."""
+    launch = ("launch", "--processes", "2", "--devices", "2", "--logs", "logs", "train", "synthetic.py")
+    checkpoints, log = Checkpoints(place.runs / "pair" / "checkpoints"), place.folder / "logs" / "process_1.log"
+    ended = place.signalled(signal.SIGINT, "pair", 10, *launch, "--name", "pair")
+    step = metrics(place.runs / "pair")[-1]["step"]
+    assert ended.code == 75 and f"Stopped and saved after step {step} of 24" in ended.out
+    assert all("SIGTERM caught" in line for line in ended.err.splitlines())  # JAX's own notice
+    assert checkpoints.latest() == step < STEPS  # whole, so both have saved it
+    done = place.run(*launch, "--name", "pair")
+    assert (done.code, done.err) == (0, "") and f"Continuing runs/pair from step {step}." in done.out
+    assert "devices  4 x cpu, 2 processes" in done.out
+    assert "process 0 of 2: 2 of 4 devices, 8 of 16 rows" in done.out
+    assert log.read_text() == "process 1 of 2: 2 of 4 devices, 8 of 16 rows\n"
+
+
+def text(place: Place) -> Ended:
+    """A run on text."""
+    return place.run("train", "text.py", "--processes.devices", "1")
+
+
+def wild(place: Place) -> Ended:
+    """A run that cannot go well."""
+    absurd = ("--optimizer.lr", "1e30", "--clip", "0", "--save-every", "1")
+    return place.run("train", "synthetic.py", "--name", "wild", *absurd, "--processes.devices", "1")
+
+
+def refused(place: Place) -> Ended:
+    """Two processes whose data is not there."""
+    launch = ("launch", "--processes", "2", "--devices", "1", "--logs", "logs_refused")
+    return place.run(*launch, "train", "text.py", "--name", "refused", "--data.path", "nowhere")
+
+
+def tutorial(place: Place) -> list[Ended]:
+    """The tutorial's network on one, two and four devices and on two processes."""
+    train = ("train", "tutorial_mlp", "--name")
+    alone = [place.run(*train, f"mlp{n}", "--processes.devices", str(n)) for n in (1, 2, 4)]
+    launch = ("launch", "--processes", "2", "--devices", "2", "--logs", "logs_mlp")
+    return [*alone, place.run(*launch, *train, "mlp_pair")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "synthetic.py").write_text(SYNTHETIC)
+    (folder / "text.py").write_text(TEXT)
+    (folder / "corpus").mkdir()
+    for number in range(10):
+        (folder / "corpus" / f"{number}.txt").write_text(f"a quick brown fox jumps over the lazy dog {number}. " * 40)
+    return Place(folder)
+
+
+@pytest.fixture(scope="module")
+def became(place) -> Iterator[Callable[[Callable[[Place], Any]], Any]]:
+    """became(scenario) is what the scenario returned, once it has."""
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    scenarios = (golden, broken, moved, tutorial, pair, text, wild, refused)
+    futures = {scenario: pool.submit(scenario, place) for scenario in scenarios}
+    try:
+        yield lambda scenario: futures[scenario].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def test_a_run_directory_holds_what_was_promised(place, became):
+    first, folder = became(golden)[0], place.runs / "golden"
+    assert (first.code, first.err) == (0, "") and "Done: 24 steps" in first.out
+    names = {"run.json", "env.json", "metrics.jsonl", "events.jsonl", "tb", "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert Checkpoints(folder / "checkpoints").steps() == [20, 24]  # the newest two
+    assert next((folder / "tb").iterdir()).name.startswith("events.out.tfevents")
+    assert kinds(folder) == ["start", *["save"] * 6, "finish"]
+    lines = metrics(folder)
+    assert [list(line) for line in lines if "loss" in line] == [METRICS] * STEPS
+    assert [list(line) for line in lines if "loss" not in line] == [EVALUATION] * 3
+    assert [line["step"] for line in lines if "loss" not in line] == [8, 16, 24]
+    assert [line["tokens"] for line in lines if "loss" in line] == [256 * step for step in range(1, STEPS + 1)]
+    assert all(line["mfu"] is None for line in lines if "loss" in line)  # the peak of a CPU is not known
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["device_count"] == 4 and environment["mesh"]["data"] == 4 and environment["processes"] == 1
+    assert {"jax", "flax", "optax", "orbax-checkpoint"} <= environment["versions"].keys()
+
+
+def test_a_finished_run_says_so_and_changes_no_file(became):
+    again = became(golden)[1]
+    assert (again.code, again.err) == (0, "") and "Run golden is finished: 24 steps" in again.out
+
+
+def test_run_json_fed_back_computes_the_same_bit_for_bit(place, became):
+    done = became(golden)[2]
+    assert (done.code, done.err) == (0, "")
+    assert curve(place.runs / "other") == curve(place.runs / "golden")
+    assert equal(arrays(place.runs / "other"), arrays(place.runs / "golden"))
+
+
+def test_killed_stopped_and_damaged_a_run_ends_with_the_curve_and_the_weights_of_an_unbroken_one(place, became):
+    became(golden), became(broken)
+    assert curve(place.runs / "broken") == curve(place.runs / "golden")
+    assert equal(arrays(place.runs / "broken"), arrays(place.runs / "golden"))
+    assert not list((place.runs / "broken" / "checkpoints").glob("*tmp*"))
+
+
+def test_a_run_continues_on_another_mesh_and_on_other_processes(place, became):
+    became(golden)
+    step, names = became(moved), ("2x4", "one", "two")
+    for name in names:
+        np.testing.assert_allclose(losses(place.runs / name), losses(place.runs / "golden"), rtol=1e-5)
+    at_once = np.array([losses(place.runs / name)[step] for name in names])  # the same state and the same batch
+    np.testing.assert_allclose(at_once, at_once[:1].repeat(3, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (8, 1), (1, 1)])
+def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(place, became, sizes):
+    step, (fsdp, tensor) = became(moved), sizes
+    run = dataclasses.replace(cli.load(str(place.folder / "synthetic.py")), layout=layouts.fsdp_tp)
+    mesh = meshes.device_mesh(Axes(1, 1, fsdp, 1, 1, tensor), jax.devices()[: fsdp * tensor])
+    with (program := make(run, mesh, meshes.chip_of(run.mesh, jax.devices()))).context():
+        wanted = like(program.abstract_state(), mesh)
+        state = Checkpoints(place.runs / "4x2" / "checkpoints").restore(step, wanted)
+    assert equal(jax.tree.map(np.asarray, named(state)), arrays(place.runs / "4x2"))
+
+
+def test_two_processes_stop_together_and_compute_what_one_does(place, became):
+    became(golden), became(pair)
+    both = [place.runs / name for name in ("pair", "golden")]
+    np.testing.assert_allclose(*map(losses, both), rtol=1e-6)
+    evaluated = [[(line["step"], line["eval_loss"]) for line in metrics(f) if "eval_loss" in line] for f in both]
+    np.testing.assert_allclose(*evaluated, rtol=1e-6)
+
+
+def test_a_run_on_text_measures_bits_per_byte_and_keeps_samples(place, became):
+    done, folder = became(text), place.runs / "text"
+    assert (done.code, done.err) == (0, "") and "bits per byte" in done.out
     assert [path.name for path in (folder / "samples").iterdir()] == ["24.json"]
     samples = json.loads((folder / "samples" / "24.json").read_text())
     assert [sample["prompt"] for sample in samples] == ["a quick", "the lazy"] and all(s["text"] for s in samples)
@@ -293,74 +380,24 @@ def test_a_run_on_text_measures_bits_per_byte_and_keeps_samples(place, whole):
     assert (folder / "tokenizer.json").is_file()
 
 
-def test_a_run_continues_on_another_mesh_and_on_other_processes(place, golden):
-    layout = ("--layout", "fsdp_tp")
-    first = (*layout, "--processes.devices", "8", "--axes.fsdp", "4", "--axes.tensor", "2")
-    ended = place.signalled(signal.SIGINT, "4x2", 13, "train", "synthetic.py", "--name", "4x2", *first)
-    at = Checkpoints(place.runs / "4x2" / "checkpoints").latest()
-    assert (ended.code, ended.err) == (75, "") and 11 <= at < STEPS
-    names = ("2x4", "one", "two")
-    for name in names:
-        shutil.copytree(place.runs / "4x2", place.runs / name)
-    train = ("train", "synthetic.py", *layout, "--name")
-    ends = place.together(
-        (*train, "2x4", "--processes.devices", "8", "--axes.fsdp", "2", "--axes.tensor", "4"),
-        (*train, "one", "--processes.devices", "1"),
-        ("launch", "--processes", "2", "--devices", "4", "--logs", "logs_4x2", *train, "two", *first[4:]),
-    )
-    for name, done in zip(names, ends, strict=True):
-        assert (done.code, done.err) == (0, ""), name
-        assert f"Continuing runs/{name} from step {at}." in done.out
-        np.testing.assert_allclose(losses(place.runs / name), losses(golden), rtol=1e-5)
-    at_once = np.array([losses(place.runs / name)[at] for name in names])  # the same state and the same batch
-    np.testing.assert_allclose(at_once, at_once[:1].repeat(3, 0), rtol=1e-6)
+def test_a_loss_that_is_not_finite_ends_the_run_before_its_step_is_saved(place, became):
+    done, folder = became(wild), place.runs / "wild"
+    bad = metrics(folder)[-1]
+    assert done.code == 70, done
+    assert not np.isfinite([bad["loss"], bad["grad_norm"]]).all()
+    assert done.err.startswith(f"llmjax: step {bad['step']}: the loss is ") and done.err.count("\n") == 1
+    assert "so training stopped and this step was not saved: lower --optimizer.lr" in done.err
+    assert Checkpoints(folder / "checkpoints").latest() == bad["step"] - 1
+    assert kinds(folder)[-1] == "fault"
 
 
-@pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (1, 8), (1, 1)])
-def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(place, sizes):
-    run = dataclasses.replace(cli.load(str(place.folder / "synthetic.py")), layout=layouts.fsdp_tp)
-    fsdp, tensor = sizes
-    mesh = meshes.device_mesh(Axes(1, 1, fsdp, 1, 1, tensor), jax.devices()[: fsdp * tensor])
-    stored = arrays(place.runs / "4x2")
-    with (program := make(run, mesh, meshes.chip_of(run.mesh, jax.devices()))).context():
-        wanted = like(program.abstract_state(), mesh)
-        checkpoints = Checkpoints(place.runs / "4x2" / "checkpoints")
-        state = checkpoints.restore(checkpoints.latest(), wanted)
-    assert all(x.sharding == w.sharding for x, w in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True))
-    assert equal(dict(zip(stored, map(np.asarray, jax.tree.leaves(state)), strict=True)), stored)
+def test_a_launch_passes_on_what_its_processes_refuse(became):
+    done = became(refused)
+    assert done.code == 65 and done.err.count("nowhere") == 1 and "Traceback" not in done.err + done.out
 
 
-def test_two_processes_stop_together_and_compute_what_one_does(place, golden):
-    folder = place.runs / "pair"
-    launch = ("launch", "--processes", "2", "--devices", "2", "--logs", "logs", "train", "synthetic.py")
-    ended = place.signalled(signal.SIGINT, "pair", 10, *launch, "--name", "pair")
-    step = metrics(folder)[-1]["step"]
-    assert (ended.code, ended.err) == (75, "") and f"Stopped and saved after step {step} of 24" in ended.out
-    assert Checkpoints(folder / "checkpoints").latest() == step < STEPS
-    assert (place.folder / "logs" / "process_1.log").read_text() == "process 1 of 2: 2 of 4 devices, 8 of 16 rows\n"
-    done = place.run(*launch, "--name", "pair")
-    assert (done.code, done.err) == (0, "") and f"Continuing runs/pair from step {step}." in done.out
-    assert "devices  4 x cpu, 2 processes" in done.out
-    assert "process 0 of 2: 2 of 4 devices, 8 of 16 rows" in done.out
-    assert (place.folder / "logs" / "process_1.log").read_text() == "process 1 of 2: 2 of 4 devices, 8 of 16 rows\n"
-    np.testing.assert_allclose(losses(folder), losses(golden), rtol=1e-6)
-    evaluated = [[(e["step"], e["eval_loss"]) for e in metrics(f) if "eval_loss" in e] for f in (folder, golden)]
-    np.testing.assert_allclose(*evaluated, rtol=1e-6)
-    np.testing.assert_equal([e["kind"] for e in read(folder / "events.jsonl")].count("finish"), 1)
-
-
-def test_a_launch_passes_on_what_its_processes_refuse(place):
-    ended = place.run("launch", "--processes", "2", "--devices", "1", "train", "text.py", "--data.path", "nowhere")
-    assert ended.code == 65 and ended.err.count("nowhere") == 1 and "Traceback" not in ended.err + ended.out
-
-
-def test_the_tutorial_s_network_has_the_same_weights_on_any_devices(place):
-    train = ("train", "tutorial_mlp", "--name")
-    ends = place.together(
-        *((*train, f"mlp{n}", "--processes.devices", str(n)) for n in (1, 2, 4)),
-        ("launch", "--processes", "2", "--devices", "2", "--logs", "logs_mlp", *train, "mlp_pair"),
-    )
-    assert [(done.code, done.err) for done in ends] == [(0, "")] * 4
+def test_the_tutorial_s_network_has_the_same_weights_on_any_devices(place, became):
+    assert [(done.code, done.err) for done in became(tutorial)] == [(0, "")] * 4
     one = arrays(place.runs / "mlp1")
     assert {name for name in one if name.startswith("model")} == {
         f"model.{layer}.{part}" for layer in ("hidden", "out") for part in ("kernel", "bias")
