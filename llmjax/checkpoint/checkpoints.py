@@ -6,10 +6,11 @@ folder with a plain number is complete whenever the process was killed. Arrays a
 """
 
 import contextlib
+import json
 import logging
+import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2):
         self.folder, self.keep = Path(folder).absolute(), keep
         self._writing: tuple[int, Any] | None = None
+        self._log: logging.Logger | None = None
+        self._logged: list[BaseException] = []
 
     def __enter__(self) -> "Checkpoints":
         if jax.process_index() == 0 and self.folder.is_dir():
@@ -38,8 +41,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        with contextlib.nullcontext() if error is None else contextlib.suppress(Refused):  # the first failure counts
-            self.wait()
+        first_counts = contextlib.nullcontext() if error is None else contextlib.suppress(Refused)
+        try:
+            with first_counts:
+                self.wait()
+        finally:
+            if self._log is not None:
+                self._log.removeFilter(self._hold)
 
     def steps(self) -> list[int]:
         """The steps with a complete checkpoint, oldest first. Other files and folders are left alone."""
@@ -60,12 +68,12 @@ class Checkpoints:
         Raises:
           Refused: this checkpoint, or the one before, could not be written.
         """
-        import orbax.checkpoint.experimental.v1 as ocp  # a second and a half of imports
-
         self.wait()
-        with self._failures(step):
-            path = self.folder / str(step)
-            self.folder.mkdir(parents=True, exist_ok=True)  # Orbax's own try would fail in a thread, minutes later
+        ocp, path = self._orbax(), self.folder / str(step)
+        context = ocp.Context()
+        # Made in the background, a folder that cannot be made leaves threads waiting for it, which hold up the exit.
+        context.asynchronous.create_directories_asynchronously = False
+        with self._failures(step), context:
             self._writing = step, ocp.save_async(path, named(state), overwrite=True, custom_metadata=facts)
 
     def wait(self) -> None:
@@ -95,8 +103,6 @@ class Checkpoints:
         Raises:
           Refused: the checkpoint cannot be read, or holds other arrays.
         """
-        import orbax.checkpoint.experimental.v1 as ocp
-
         wanted, found = named(like), self._metadata(step).metadata
         for name, leaf in wanted.items():
             if name not in found or tuple(found[name].shape) != tuple(leaf.shape):
@@ -106,33 +112,54 @@ class Checkpoints:
                     f"{tuple(leaf.shape)}: continue with the model that wrote it, or start afresh with another --name.",
                     DATA,
                 )
+        ocp = self._orbax()
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        try:
-            with context, _quiet():
-                arrays = ocp.load(self.folder / str(step), wanted)
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-            raise self._broken(step, error) from error
+        with self._reading(step), context:
+            arrays = ocp.load(self.folder / str(step), wanted)
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
     def _metadata(self, step: int):
-        import orbax.checkpoint.experimental.v1 as ocp
+        with self._reading(step):
+            found = self._orbax().metadata(self.folder / str(step))
+            if found.metadata is None:  # arrays that cannot be read are no error to Orbax: it only logs why
+                raise next(iter(self._logged), ValueError("its list of arrays is damaged"))
+        return found
 
+    def _orbax(self):
+        import orbax.checkpoint.experimental.v1 as ocp  # a second and a half of imports
+
+        self._log = logging.getLogger("absl")  # not before the import, which makes a logger that knows its callers
+        self._log.addFilter(self._hold)
+        logging.getLogger("asyncio").addFilter(_not_left_behind)  # for good: it speaks up when the garbage is collected
+        return ocp
+
+    def _hold(self, record: logging.LogRecord) -> bool:
+        """Whether a line of Orbax's log may be printed: not an error, with its traceback, that we say in a sentence."""
+        given = (*(record.args if isinstance(record.args, tuple) else ()), *(record.exc_info or ()))
+        errors = [value for value in given if isinstance(value, BaseException)]
+        if not errors or "orbax" not in record.pathname:
+            return True
+        self._logged += errors
+        return False
+
+    @contextlib.contextmanager
+    def _reading(self, step: int):
+        """Turns what goes wrong into one sentence; of the other reads, which Orbax leaves behind, nothing is heard."""
+        self._logged.clear()
+        hook = sys.unraisablehook
+        sys.unraisablehook = lambda shown: None if "Event loop is closed" in str(shown.exc_value) else hook(shown)
         try:
-            with _quiet():
-                found = ocp.metadata(self.folder / str(step))
-                if found.metadata is None:  # Orbax only warns of what it could not read
-                    raise ValueError("its list of arrays is damaged")
-            return found
-        except Exception as error:
-            raise self._broken(step, error) from error
-
-    def _broken(self, step: int, error: Exception) -> Refused:
-        path, others = self.folder / str(step), [s for s in self.steps() if s != step]
-        remedy = (
-            f"delete that folder to continue from step {others[-1]}" if others else "start afresh with another --name"
-        )
-        return Refused(f"checkpoint {path} cannot be read ({first_line(error)}): {remedy}.", DATA)
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            path, others = self.folder / str(step), [s for s in self.steps() if s != step]
+            remedy = (
+                f"delete that folder to continue from step {others[-1]}"
+                if others
+                else "start afresh with another --name"
+            )
+            raise Refused(f"checkpoint {path} cannot be read ({cause(error, path)}): {remedy}.", DATA) from error
+        sys.unraisablehook = hook
 
     @contextlib.contextmanager
     def _failures(self, step: int):
@@ -140,8 +167,8 @@ class Checkpoints:
             yield
         except Exception as error:
             raise Refused(
-                f"checkpoint {step} could not be written to {self.folder} ({first_line(error)}): make room or give a "
-                f"folder that can be written with --runs, then run the same command to continue.",
+                f"checkpoint {step} could not be written to {self.folder} ({cause(error, self.folder)}): make room or "
+                f"give a folder that can be written with --runs, then run the same command to continue.",
                 IO,
             ) from error
 
@@ -166,27 +193,22 @@ def like(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, tree)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """While Orbax reads. When an array cannot be read, one sentence of ours says it, not Orbax and its helpers too.
+def _not_left_behind(record: logging.LogRecord) -> bool:
+    """False of an error in a read or write that Orbax no longer waits for, as another has failed before it."""
+    text = record.getMessage()
+    return not ("never retrieved" in text and ("orbax" in text or "tensorstore" in text))
 
-    Orbax warns; it also leaves the other reads behind, and their tracebacks may come until the process ends.
+
+def cause(error: BaseException, folder: Path) -> str:
+    """Why a file operation failed, in the error's own words.
+
+    TensorStore names every layer, the outermost first, then the whole of its configuration: the last clauses say what
+    happened. Paths are shortened to what lies inside `folder`.
     """
-    log, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda shown: None if "Event loop is closed" in str(shown.exc_value) else hook(shown)
-    try:
-        yield
-    except Exception:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        raise
-    finally:
-        log.setLevel(level)
-    sys.unraisablehook = hook
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of an error's text."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, json.JSONDecodeError):
+        line = f"one of its JSON files is damaged: {line}"
+    *outer, text = re.sub(r" \[\w+='.*", "", line).replace(f"{folder}/", "").split(": ")
+    while outer and len(text) + len(outer[-1]) < 160:
+        text = f"{outer.pop()}: {text}"
+    return text[:200]

@@ -1,10 +1,12 @@
 """What was saved is what comes back, on any mesh; what is not whole is not taken for a checkpoint."""
 
 import functools
+import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +62,11 @@ def test_a_state_of_mesh_4_2_comes_back_bit_for_bit_on_any_mesh(saved, sizes):
     with Checkpoints(folder) as checkpoints:
         state = checkpoints.restore(5, abstract_on(mesh))
         assert checkpoints.facts(5) == dict(step=5, tokens=80)
-    jax.tree.map(np.testing.assert_array_equal, values(state), expected)
-    places = jax.tree.map(lambda x: x.sharding, state_on(mesh))
-    assert all(jax.tree.leaves(jax.tree.map(lambda x, place: x.sharding == place, state, places)))
+    born = named(state_on(mesh))
+    for name, x in named(state).items():
+        np.testing.assert_array_equal(x, expected[name], err_msg=name)
+        assert x.sharding == born[name].sharding, name
+    assert set(expected) == set(named(state))
 
 
 def test_a_part_of_a_state_can_be_read_alone(saved):
@@ -70,7 +74,7 @@ def test_a_part_of_a_state_can_be_read_alone(saved):
     with Checkpoints(folder) as checkpoints:
         model = checkpoints.restore(5, steps.State((), abstract_on(mesh_of()).model, ())).model
     for name, value in values(model).items():
-        np.testing.assert_array_equal(value, expected[f"model.{name}"])
+        np.testing.assert_array_equal(value, expected[f"model.{name}"], err_msg=name)
 
 
 def test_arrays_are_stored_by_names_a_person_can_read(saved):
@@ -112,8 +116,17 @@ def test_what_is_not_a_whole_checkpoint_is_not_taken_for_one(tmp_path):
         assert (tmp_path / "notes").exists()
 
 
-@pytest.mark.parametrize("harm", ["manifest", "metadata", "sharding", "data"])
-def test_a_damaged_checkpoint_is_refused_with_its_name_and_the_remedy(tmp_path, harm):
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        ("manifest", r'"state/manifest\.ocdbt": Error decoding manifest: Length in header'),
+        ("metadata", "one of its JSON files is damaged: .* line 1 column"),
+        ("sharding", '"state/_sharding": Invalid JSON'),
+        ("data", r'"state/d/\w+": Requested byte range'),
+    ],
+    ids=["manifest", "metadata", "sharding", "data"],
+)
+def test_a_damaged_checkpoint_is_refused_with_its_name_and_the_remedy(tmp_path, harm, why, caplog, capfd):
     state = {"x": jnp.arange(1000.0), "y": jnp.ones(3)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state, {})
@@ -123,9 +136,13 @@ def test_a_damaged_checkpoint_is_refused_with_its_name_and_the_remedy(tmp_path, 
     files = {"manifest": "manifest.ocdbt", "metadata": "_METADATA", "sharding": "_sharding"}
     for path in data if harm == "data" else [folder / files[harm]]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(Refused, match=r"/4 cannot be read .* step 3") as refused:
-        checkpoints.restore(4, jax.eval_shape(lambda: state))
-    assert refused.value.code == DATA
+    with Checkpoints(tmp_path) as checkpoints:
+        for read in (lambda: checkpoints.restore(4, jax.eval_shape(lambda: state)), lambda: checkpoints.facts(4)):
+            with pytest.raises(Refused, match=rf"/4 cannot be read \(.*{why}.*\): .* step 3\.$") as refused:
+                read()
+            assert refused.value.code == DATA and len(str(refused.value)) < 500
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert capfd.readouterr().err == ""
 
 
 def test_another_model_s_checkpoint_is_refused_by_the_array_that_differs(saved):
@@ -144,6 +161,37 @@ def test_a_folder_that_cannot_be_written_is_an_io_error(tmp_path):
         with Checkpoints(tmp_path / "file") as checkpoints:
             checkpoints.save(1, {"x": jnp.zeros(3)}, {})
     assert refused.value.code == IO
+
+
+FAILED = """
+import resource, sys
+import jax.numpy as jnp
+from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.errors import Refused
+def save(folder):
+    try:
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(1, {"x": jnp.arange(2**20), "y": jnp.arange(2**20)}, {})
+    except Refused as refused:
+        print(refused, flush=True)
+save(sys.argv[1] + "/file")
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # no file can be longer: it fails as on a full disk
+save(sys.argv[1] + "/folder")
+"""
+
+
+def test_a_save_that_failed_ends_in_a_sentence_and_does_not_hold_up_the_exit(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", FAILED, str(tmp_path)], **pipes) as child:
+        said = [child.stdout.readline() for _ in range(2)]
+        began = time.monotonic()
+        more, errors = child.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    assert more == errors == "" and child.returncode == 0
+    assert "checkpoint 1 could not be written" in said[0] and "Not a directory" in said[0]
+    assert "checkpoint 1 could not be written" in said[1] and "File too large" in said[1]
+    assert seconds < 10, f"the exit took {seconds:.0f} s"  # a forgotten thread of Orbax waits for 20 s or more
 
 
 KILLED = """
@@ -167,5 +215,6 @@ def test_after_a_kill_in_the_middle_of_a_save_the_newest_whole_checkpoint_is_the
     with Checkpoints(tmp_path) as checkpoints:
         step = checkpoints.latest()
         assert step >= saves - 1
-        x = checkpoints.restore(step, {"x": jax.ShapeDtypeStruct((2**20,), jnp.float32)})["x"]
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        x = checkpoints.restore(step, {"x": jax.ShapeDtypeStruct((2**20,), jnp.float32, sharding=here)})["x"]
         assert np.all(np.asarray(x) == step) and checkpoints.facts(step) == {"step": step}
