@@ -1,5 +1,7 @@
 """Models compute what their papers say."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,14 @@ import pytest
 
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
+from llmjax.checkpoint.checkpoints import named
 from llmjax.models import nn
 from llmjax.models.attention import RopeScaling, attention, rope_angles, rotate
 from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
 
 LLAMA3 = dict(vocab=128_256, kv_heads=8, head_dim=128)
+DTYPES = ("float32", "bfloat16")
 
 
 @pytest.fixture(autouse=True)
@@ -59,22 +63,38 @@ def test_attention_and_its_gradients_equal_the_library_s(G):
     def library(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
-    np.testing.assert_allclose(attention(q_BTHK, k_BSGK, v_BSGK), library(q_BTHK, k_BSGK, v_BSGK), rtol=1e-5, atol=1e-6)
-    ours, theirs = (
-        jax.grad(lambda *qkv, f=f: jnp.sum(f(*qkv) * weight_BTHK), argnums=(0, 1, 2))(q_BTHK, k_BSGK, v_BSGK)
-        for f in (attention, library)
-    )
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    def weighed(f, *qkv):
+        o_BTHK = f(*qkv)
+        return jnp.sum(o_BTHK * weight_BTHK), o_BTHK
+
+    @jax.jit
+    def both(*qkv):
+        """(gradients in q, k and v; result) of each."""
+        return [jax.grad(functools.partial(weighed, f), (0, 1, 2), has_aux=True)(*qkv) for f in (attention, library)]
+
+    (our_grads, ours), (their_grads, theirs) = both(q_BTHK, k_BSGK, v_BSGK)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    for name, a, b in zip("qkv", our_grads, their_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=f"gradient in {name}")
 
 
-def test_no_position_sees_a_later_one():
-    for c in (Llama(vocab=64, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, ff=64, positions=16),
-              GPT2(vocab=64, layers=2, width=32, heads=2, head_dim=16, ff=64, positions=16)):  # fmt: skip
-        model, tokens_BT = c.init(jax.random.key(0)), jax.random.randint(jax.random.key(1), (1, 16), 0, 64)
-        before, after = model(tokens_BT), model(tokens_BT.at[0, 9].set((tokens_BT[0, 9] + 1) % 64))
-        np.testing.assert_array_equal(before[0, :9], after[0, :9])
-        assert not np.allclose(before[0, 9:], after[0, 9:])
+@pytest.mark.parametrize(
+    "c",
+    [
+        Llama(vocab=64, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, ff=64, positions=16),
+        GPT2(vocab=64, layers=2, width=32, heads=2, head_dim=16, ff=64, positions=16),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_no_position_sees_a_later_one(c):
+    logits = jax.jit(lambda tokens_BT: c.init(jax.random.key(0))(tokens_BT))
+    tokens_BT = np.random.default_rng(1).integers(0, 64, (1, 16))
+    before = logits(tokens_BT)
+    tokens_BT[0, 9] = (tokens_BT[0, 9] + 1) % 64
+    after = logits(tokens_BT)
+    np.testing.assert_array_equal(before[0, :9], after[0, :9], err_msg="a position before 9 sees token 9")
+    for position in range(9, 16):
+        assert not np.allclose(before[0, position], after[0, position]), f"position {position} does not see token 9"
 
 
 def test_rotation_keeps_lengths_and_makes_products_depend_on_distance_alone():
@@ -96,24 +116,38 @@ def test_llama_31_scaling_keeps_short_waves_and_stretches_long_ones():
 
 def test_bfloat16_products_stay_close_to_float32():
     c = Llama(vocab=64, layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ff=128, positions=32)
-    model, tokens_BT = c.init(jax.random.key(0)), jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
-    exact = model(tokens_BT)
-    for activations in ("float32", "bfloat16"):
-        with nn.compute(nn.Compute(operands="bfloat16", activations=activations)):
-            rounded = model(tokens_BT)
+    ways = {activations: nn.Compute(operands="bfloat16", activations=activations) for activations in DTYPES}
+
+    @jax.jit
+    def logits(tokens_BT):
+        model, found = c.init(jax.random.key(0)), {}
+        for name, way in dict(exact=nn.Compute(), **ways).items():
+            with nn.compute(way):
+                found[name] = model(tokens_BT)
+        return found
+
+    found = {name: np.asarray(x) for name, x in logits(np.random.default_rng(1).integers(0, 64, (2, 32))).items()}
+    for activations in DTYPES:
+        rounded, exact = found[activations], found["exact"]
         assert rounded.dtype == activations
-        assert jnp.abs(rounded - exact).max() < 0.05 * jnp.abs(exact).max()
+        off = np.abs(rounded - exact).max() / np.abs(exact).max()
+        assert 0 < off < 0.05, f"activations in {activations} are off by {off}"
+
+
+@functools.cache
+def gradient(remat: str):
+    """(gradient, bytes of temporary memory) of a model of 8 layers."""
+    c = Llama(vocab=64, layers=8, width=64, heads=4, kv_heads=2, head_dim=16, ff=256, positions=64)
+    tokens_BT = np.random.default_rng(1).integers(0, 64, (8, 64))
+    model = jax.jit(c.init)(jax.random.key(0))
+    with nn.compute(nn.Compute(remat=remat)):
+        compiled = jax.jit(jax.grad(lambda model: jnp.mean(model(tokens_BT) ** 2))).lower(model).compile()
+    return named(compiled(model)), compiled.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_memory_and_not_the_gradient(remat):
-    c = Llama(vocab=64, layers=8, width=64, heads=4, kv_heads=2, head_dim=16, ff=256, positions=64)
-    model, tokens_BT = c.init(jax.random.key(0)), jax.random.randint(jax.random.key(1), (8, 64), 0, 64)
-
-    def compiled(remat):
-        with nn.compute(nn.Compute(remat=remat)):
-            return jax.jit(jax.grad(lambda model: jnp.mean(model(tokens_BT) ** 2))).lower(model).compile()
-
-    plain, less = compiled("none"), compiled(remat)
-    assert less.memory_analysis().temp_size_in_bytes < 0.8 * plain.memory_analysis().temp_size_in_bytes
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain(model), less(model))
+    (expected, plain), (found, less) = gradient("none"), gradient(remat)
+    assert less < 0.8 * plain, f"{less} bytes with remat, {plain} without"
+    for name, grad in expected.items():
+        np.testing.assert_allclose(found[name], grad, rtol=1e-4, atol=1e-6, err_msg=f"gradient of {name}")

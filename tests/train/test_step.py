@@ -12,12 +12,15 @@ from jax.sharding import NamedSharding
 
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
+from llmjax.checkpoint.checkpoints import named
 from llmjax.models import nn
+from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
 from llmjax.train import step as steps
 from llmjax.train.loss import NextToken
 
 TINY = Llama(vocab=64, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ff=64, positions=16)
+TINY_GPT2 = GPT2(vocab=64, layers=2, width=32, heads=4, head_dim=8, ff=64, positions=16)
 
 
 def mesh_of(devices: int, layout=layouts.dp):
@@ -55,13 +58,24 @@ def rows(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
 
+@functools.cache
+def weights(devices: int, layout: str, *configs):
+    """The weights of these models as NumPy, from one program on so many devices."""
+    layout = layouts.PRESETS[layout]
+    with jax.set_mesh(mesh_of(devices, layout)), nn.compute(nn.Compute(layout=layout)):
+        models = jax.jit(lambda key: [config.init(key) for config in configs])(jax.random.key(3))
+        return [jax.tree.map(np.asarray, model) for model in models]
+
+
+gradient = jax.jit(functools.partial(steps.gradients, loss=NextToken(z=1e-3)))
+
+
 def gradients(accumulate: int, devices: int, batch: dict[str, np.ndarray]):
     mesh = mesh_of(devices)
     cut = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
     with jax.set_mesh(mesh), nn.compute(nn.Compute()):
-        model = jax.jit(TINY.init)(jax.random.key(0))
-        cut = jax.device_put(cut, NamedSharding(mesh, jax.P(None, ("data", "fsdp"))))
-        return jax.jit(functools.partial(steps.gradients, loss=NextToken(z=1e-3)))(model, cut)
+        [model] = jax.device_put(weights(1, "dp", TINY), NamedSharding(mesh, jax.P()))
+        return gradient(model, jax.device_put(cut, NamedSharding(mesh, jax.P(None, ("data", "fsdp")))))
 
 
 def test_microbatches_and_devices_with_uneven_masks_give_the_gradient_of_the_whole_batch():
@@ -70,16 +84,19 @@ def test_microbatches_and_devices_with_uneven_masks_give_the_gradient_of_the_who
     assert float(weight) == batch["weights"].sum()
     for accumulate, devices in ((8, 1), (2, 4)):
         other_loss, other_weight, other = gradients(accumulate, devices, batch)
-        assert float(other_weight) == float(weight)
-        np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(abs(a).max())), grads, other
-        )
+        cut = f"{accumulate} microbatches on {devices} devices"
+        assert float(other_weight) == float(weight), cut
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-6, err_msg=cut)
+        other = named(other)
+        for name, grad in named(grads).items():
+            atol = 2e-6 * float(abs(grad).max())
+            np.testing.assert_allclose(other[name], grad, rtol=0, atol=atol, err_msg=f"{name} with {cut}")
 
 
 def test_a_masked_target_changes_nothing():
-    batch = rows(4)
+    batch = rows(8)
     other = batch | {"targets": np.where(batch["weights"] > 0, batch["targets"], 7).astype(np.int32)}
+    assert (other["targets"] != batch["targets"]).any()
     jax.tree.map(np.testing.assert_array_equal, gradients(1, 1, batch), gradients(1, 1, other))
 
 
@@ -87,10 +104,8 @@ def test_z_loss_adds_the_square_of_log_z_and_stays_out_of_evaluation():
     logits = np.random.default_rng(0).normal(size=(2, 3, 64)).astype(np.float32)
     batch = {"tokens": None, "targets": np.zeros((2, 3), np.int32), "weights": np.ones((2, 3), np.float32)}
     with jax.set_mesh(mesh_of(1)), nn.compute(nn.Compute()):
-        batch, model = jax.tree.map(jnp.asarray, batch), lambda tokens: jnp.asarray(logits)
-        plain, _ = NextToken()(model, batch)
-        with_z, _ = NextToken(z=0.5)(model, batch)
-        held_out, _ = NextToken(z=0.5).held_out(model, batch)
+        kinds, model = (NextToken(), NextToken(z=0.5), NextToken(z=0.5).held_out), lambda tokens: jnp.asarray(logits)
+        plain, with_z, held_out = jax.jit(lambda batch: [loss(model, batch)[0] for loss in kinds])(batch)
     log_z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
     np.testing.assert_allclose(plain, (log_z - logits[..., 0]).sum(), rtol=1e-6)
     np.testing.assert_allclose(with_z - plain, 0.5 * (log_z**2).sum(), rtol=1e-5)
@@ -106,17 +121,17 @@ def test_the_step_is_compiled_once_and_its_state_is_donated():
             before = state
             cut = {name: x[None] for name, x in rows(8, i).items()}
             state, _ = step(state, jax.device_put(cut, NamedSharding(mesh, jax.P(None, ("data", "fsdp")))))
-            assert all(x.is_deleted() for x in jax.tree.leaves(before))
-        assert step._cache_size() == 1 and int(state.step) == 3
+            assert not [name for name, x in named(before).items() if not x.is_deleted()]
+        assert step._cache_size() == 1, "a step was compiled anew"
+        assert int(state.step) == 3
 
 
 @pytest.mark.parametrize("layout", layouts.PRESETS)
 def test_the_same_seed_gives_the_same_weights_on_every_mesh(layout):
-    def weights(devices, layout):
-        with jax.set_mesh(mesh_of(devices, layout)), nn.compute(nn.Compute(layout=layout)):
-            return jax.tree.map(np.asarray, jax.jit(TINY.init)(jax.random.key(3)))
-
-    jax.tree.map(np.testing.assert_array_equal, weights(1, layouts.dp), weights(8, layouts.PRESETS[layout]))
+    expected, found = weights(1, "dp", TINY, TINY_GPT2), weights(8, layout, TINY, TINY_GPT2)
+    for one, eight in zip(map(named, expected), map(named, found), strict=True):
+        for name, value in one.items():
+            np.testing.assert_array_equal(eight[name], value, err_msg=name)
 
 
 def test_no_device_ever_holds_the_whole_model_when_it_is_born():
