@@ -89,22 +89,29 @@ def losses(optimizer: str, layout: str, devices: int) -> np.ndarray:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_it_lowers_the_loss_by_a_fifth_in_twenty_steps(optimizer):
     found = losses(optimizer, "dp", 1)
-    assert found[-1] < 0.8 * found[0]
+    assert found[-1] < 0.8 * found[0], f"losses {np.round(found, 3)}"
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_eight_devices_under_fsdp_tp_give_the_losses_of_one(optimizer, capfd):
     np.testing.assert_allclose(losses(optimizer, "fsdp_tp", 8), losses(optimizer, "dp", 1), rtol=1e-5)
-    assert "rematerialization" not in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "rematerialization" not in said, f"the partitioner copies an array to every device:\n{said}"
+
+
+@functools.cache
+def abstract_model(layout: str):
+    mesh, _, compute = context(layout, 8)
+    with jax.set_mesh(mesh), compute:
+        return jax.eval_shape(GPT.init, jax.random.key(0))
 
 
 @pytest.mark.parametrize("layout", layouts.PRESETS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_state_and_steps_are_placed_as_the_parameters(optimizer, layout):
     mesh, _, compute = context(layout, 8)
-    tx = OPTIMIZERS[optimizer].build(STEPS)
+    tx, model = OPTIMIZERS[optimizer].build(STEPS), abstract_model(layout)
     with jax.set_mesh(mesh), compute:
-        model = jax.eval_shape(GPT.init, jax.random.key(0))
         state = jax.eval_shape(tx.init, model)
         updates, after = jax.eval_shape(tx.update, model, state, model)
     assert typed(updates) == typed(model)
@@ -170,10 +177,15 @@ def test_the_letters_of_a_name_say_rows_and_columns(name, shape, rows, columns):
 
 def walk(tx, params, grads):
     """The parameters, and the state, after a step for each of the gradients."""
-    state, update = tx.init(params), jax.jit(tx.update)
+
+    @jax.jit
+    def step(params, state, grad):
+        updates, state = tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(params)
     for grad in grads:
-        updates, state = update(grad, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, grad)
     return params, state
 
 
@@ -191,7 +203,9 @@ def test_adafactor_on_a_stack_is_optax_adafactor_on_each_layers_matrices():
     params, grads = draw(), [draw() for _ in range(4)]
     ours, state = walk(Adafactor(lr=0.1, schedule=Constant()).build(4), params, grads)
     theirs, _ = walk(optax.adafactor(0.1, min_dim_size_to_factor=1), layers(params), [layers(g) for g in grads])
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), layers(ours), theirs)
+    for name, stack in layers(ours).items():
+        for layer, (x, expected) in enumerate(zip(stack, theirs[name], strict=True)):
+            np.testing.assert_allclose(x, expected, rtol=1e-5, err_msg=f"layer {layer} of {name}")
     rows, columns = state[0].rows["query_DHK"], state[0].columns["query_DHK"]
     assert rows.size + columns.size == 2 * (4 + 15)
 
@@ -226,5 +240,5 @@ def test_adamw_lion_and_sgd_take_the_steps_of_their_formulas():
         (SGD(**given, momentum=0.8, nesterov=True), sgd(w, True)),
     ):
         found, _ = walk(optimizer.build(3), {"kernel": np.float32(w)}, [{"kernel": np.float32(g)} for g in grads])
-        np.testing.assert_allclose(found["kernel"], expected, rtol=1e-5)
+        np.testing.assert_allclose(found["kernel"], expected, rtol=1e-5, err_msg=str(optimizer))
     assert not [x for x in jax.tree.leaves(SGD(momentum=0).build(3).init(np.zeros((3, 2)))) if x.ndim]

@@ -18,7 +18,7 @@ from llmjax.train.loop import learning_rates
 
 
 def factors(schedule, steps: int) -> np.ndarray:
-    return np.asarray(jax.vmap(lambda step: schedule.build(steps)(step) * 1.0)(np.arange(steps)))
+    return np.asarray(jax.jit(jax.vmap(lambda step: schedule.build(steps)(step) * 1.0))(np.arange(steps)))
 
 
 ALL = (Constant(warmup=10), Cosine(warmup=10), Linear(warmup=10, final=0.1), WSD(warmup=10, decay=20, final=0.1))

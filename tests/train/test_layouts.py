@@ -62,6 +62,21 @@ def build(family: str):
     return functools.partial(steps.init, FAMILIES[family].init, TX)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA of jax 0.10 does not say when it copies whole arrays")
+def test_a_copy_of_a_whole_array_to_every_device_is_said_on_stderr(capfd):
+    """So that its absence, which the next test and others look for, says something."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+
+    def rows_used(table, i):
+        return jnp.sum(jnp.sin(table.at[i].get(out_sharding=jax.P("fsdp", None, None))))
+
+    with jax.set_mesh(mesh):
+        table = jax.device_put(np.zeros((32, 16), np.float32), jax.P("tensor", "fsdp"))
+        i = jax.device_put(np.zeros((8, 4), np.int32), jax.P("fsdp", None))
+        jax.jit(jax.grad(rows_used)).lower(table, i).compile()
+    assert "rematerialization" in capfd.readouterr().err
+
+
 @functools.cache
 def start(family: str):
     """The state before the first step as NumPy; that it is born the same on every mesh is test_step's to show."""

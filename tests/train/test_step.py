@@ -82,7 +82,7 @@ def test_microbatches_and_devices_with_uneven_masks_give_the_gradient_of_the_who
     batch = rows(8)
     loss, weight, grads = gradients(1, 1, batch)
     assert float(weight) == batch["weights"].sum()
-    for accumulate, devices in ((8, 1), (2, 4)):
+    for accumulate, devices in ((8, 1), (1, 8), (2, 4)):
         other_loss, other_weight, other = gradients(accumulate, devices, batch)
         cut = f"{accumulate} microbatches on {devices} devices"
         assert float(other_weight) == float(weight), cut
