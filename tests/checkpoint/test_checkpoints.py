@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -180,18 +179,15 @@ save(sys.argv[1] + "/folder")
 """
 
 
-def test_a_save_that_failed_ends_in_a_sentence_and_does_not_hold_up_the_exit(tmp_path):
+def test_a_save_that_failed_ends_in_a_sentence_and_leaves_nothing_that_speaks_later(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", FAILED, str(tmp_path)], **pipes) as child:
         said = [child.stdout.readline() for _ in range(2)]
-        began = time.monotonic()
         more, errors = child.communicate(timeout=60)
-    seconds = time.monotonic() - began
-    assert more == errors == "" and child.returncode == 0
+    assert more == errors == "" and child.returncode == 0  # a thread left waiting would print its time-out
     assert "checkpoint 1 could not be written" in said[0] and "Not a directory" in said[0]
     assert "checkpoint 1 could not be written" in said[1] and "File too large" in said[1]
-    assert seconds < 10, f"the exit took {seconds:.0f} s"  # a forgotten thread of Orbax waits for 20 s or more
 
 
 KILLED = """
