@@ -49,11 +49,11 @@ class Network(nnx.Module):
         return jax.nn.sigmoid(self.out(jax.nn.relu(self.hidden(x_BF)))[:, 0])
 
 
-def binary_cross_entropy(model: Network, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def binary_cross_entropy(model: Network, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """-y log p - (1 - y) log(1 - p), summed over examples, and how many there are."""
     chance_B = jnp.clip(model(batch["x"]), 1e-7, 1 - 1e-7)
     nats_B = -batch["y"] * jnp.log(chance_B) - (1 - batch["y"]) * jnp.log(1 - chance_B)
-    return jnp.sum(nats_B * batch["weights"]), jnp.sum(batch["weights"])
+    return jnp.sum(nats_B * batch["weights"]), {"weight": jnp.sum(batch["weights"])}
 
 
 @dataclasses.dataclass(frozen=True)

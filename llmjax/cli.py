@@ -164,7 +164,7 @@ def _by_name():
             )
 
     named(Cluster, "NAME", lambda name: names.load("meshes", name, "cluster"))
-    named(layouts.Layout, "{" + ",".join(layouts.PRESETS) + "}", layouts.preset)
+    named(layouts.Layout, "{" + ",".join(layouts.KINDS) + "}[_...]", layouts.preset)
     return registry
 
 

@@ -8,11 +8,13 @@ means tensor dimension.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from jax import P
 
 from llmjax.errors import Refused, did_you_mean
+from llmjax.mesh import AXES
 
 Placement = Mapping[str, str | tuple[str, ...]]
 
@@ -21,9 +23,9 @@ Placement = Mapping[str, str | tuple[str, ...]]
 class Layout:
     """Three maps from letter to mesh axis (or axes): parameters at rest, the residual stream, everything inside.
 
-    Data parallelism, ZeRO-3, tensor parallelism, sequence parallelism and their products are values of this class.
-    Where a weight lives while it is used is derived: its resting place minus the axes that cut the batch, which is
-    what ZeRO-3 means (arXiv:1910.02054).
+    Every kind of parallelism is a value of this class, and so is every product of kinds: `fsdp | tp | ring`. Where a
+    weight lives while it is used is derived: its resting place minus the axes that cut the batch, which is what ZeRO-3
+    means (arXiv:1910.02054), unless it is that very dim that is cut inside, as experts are.
     """
 
     name: str
@@ -36,20 +38,50 @@ class Layout:
 
     def at_rest(self, dims: str) -> P:
         """Where a parameter with these dims is stored."""
-        return P(*(self.params.get(d) for d in dims))
+        return self._place(self.params, dims)
 
     def in_use(self, dims: str) -> P:
         """Where a parameter lives while it is used: gathered over every axis that cuts the batch."""
         batch = axes_of(self.inner.get("B"))
-        return P(*(tuple(a for a in axes_of(self.params.get(d)) if a not in batch) or None for d in dims))
+        kept = {
+            d: tuple(a for a in axes_of(self.params.get(d)) if a not in batch or a in axes_of(self.inner.get(d)))
+            for d in dims
+        }
+        return self._place(kept, dims)
 
     def activation(self, dims: str) -> P:
         """Where an activation lives: "BTD" is the residual stream, anything else is inside a block."""
-        return P(*((self.stream if dims == "BTD" else self.inner).get(d) for d in dims))
+        return self._place(self.stream if dims == "BTD" else self.inner, dims)
 
     def gathered(self, dims: str) -> P:
         """Where the residual stream lives once it has entered a block."""
-        return P(*(self.inner.get(d) for d in dims))
+        return self._place(self.inner, dims)
+
+    def _place(self, placement: Placement, dims: str) -> P:
+        axes = [axis for d in dims for axis in axes_of(placement.get(d))]
+        if twice := {axis for axis in axes if axes.count(axis) > 1}:
+            raise Refused(
+                f"layout {self.name} cuts two dims of an array {dims} over '{min(twice)}': "
+                f"name an axis for one of {' and '.join(d for d in dims if min(twice) in axes_of(placement.get(d)))}."
+            )
+        return P(*(placement.get(d) or None for d in dims))
+
+    def __or__(self, other: "Layout") -> "Layout":
+        """Both at once: what either cuts is cut, over the axes of both."""
+        return Layout(
+            f"{self.name}_{other.name}".removeprefix("dp_"),
+            _joined(self.params, other.params),
+            _joined(self.stream, other.stream),
+            _joined(self.inner, other.inner),
+        )
+
+    def without(self, axis: str) -> "Layout":
+        """The layout inside a part of the program that has `axis` to itself."""
+
+        def drop(placement):
+            return {d: tuple(a for a in axes_of(v) if a != axis) for d, v in placement.items()}
+
+        return Layout(self.name, drop(self.params), drop(self.stream), drop(self.inner))
 
     def axes(self) -> frozenset[str]:
         """The mesh axes this layout cuts anything over."""
@@ -67,26 +99,51 @@ def axes_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
+def _joined(a: Placement, b: Placement) -> Placement:
+    def axes(d):
+        both = axes_of(a.get(d)) + axes_of(b.get(d))
+        unique = tuple(sorted(set(both), key=AXES.index))
+        return unique[0] if len(unique) == 1 else unique
+
+    return {d: axes(d) for d in (*a, *(d for d in b if d not in a))}
+
+
 _BATCH = {"B": ("data", "fsdp")}
 _TENSOR = {"H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
 
 dp = Layout("dp", params={}, stream=_BATCH, inner=_BATCH)
 fsdp = Layout("fsdp", params={"D": "fsdp"}, stream=_BATCH, inner=_BATCH)
 tp = Layout("tp", params=_TENSOR, stream=_BATCH, inner=_BATCH | _TENSOR)
-fsdp_tp = Layout("fsdp_tp", params={"D": "fsdp"} | _TENSOR, stream=_BATCH, inner=_BATCH | _TENSOR)
-fsdp_tp_sp = Layout("fsdp_tp_sp", fsdp_tp.params, stream=_BATCH | {"T": "tensor"}, inner=fsdp_tp.inner)
+sp = Layout("sp", params={}, stream=_BATCH | {"T": "tensor"}, inner=_BATCH)
+cp = Layout("cp", params={}, stream=_BATCH | {"T": "context"}, inner=_BATCH | {"T": "context"})
+ring = Layout("ring", params={}, stream=cp.stream, inner=cp.inner | {"S": "context"})
+ep = Layout("ep", {"E": "expert"}, {"B": (*_BATCH["B"], "expert")}, {"B": (*_BATCH["B"], "expert"), "E": "expert"})
+pp = Layout("pp", params={"L": "stage"}, stream=_BATCH, inner=_BATCH)
+fsdp_tp = fsdp | tp
+fsdp_tp_sp = fsdp | tp | sp
 
-PRESETS = {layout.name: layout for layout in (dp, fsdp, tp, fsdp_tp, fsdp_tp_sp)}
+KINDS = {
+    "dp": dp,
+    "fsdp": fsdp,
+    "tp": tp,
+    "sp": sp,
+    "cp": cp,
+    "ring": ring,
+    "ep": ep,
+    "pp": pp,
+}
 
 
 def preset(name: str) -> Layout:
-    """The preset of that name.
+    """The layout of that name: one of KINDS, or several joined by `_`, such as fsdp_tp_ring.
 
     Raises:
-      Refused: there is none.
+      Refused: a part of the name is no kind.
     """
-    if name not in PRESETS:
-        raise Refused(
-            f"there is no layout named '{name}': {did_you_mean(name, PRESETS)}choose one of {', '.join(PRESETS)}."
-        )
-    return PRESETS[name]
+    for part in name.split("_"):
+        if part not in KINDS:
+            raise Refused(
+                f"there is no layout named '{name}': {did_you_mean(part, KINDS)}"
+                f"join any of {', '.join(KINDS)} with _, as in fsdp_tp."
+            )
+    return functools.reduce(Layout.__or__, (KINDS[part] for part in name.split("_")))

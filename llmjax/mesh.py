@@ -79,9 +79,9 @@ class Axes:
 def fill(axes: Axes, devices: int, *, used: Iterable[str], rest: str, tensor: int = 1, slices: int = 1) -> Axes:
     """Gives every axis a size so that their product is `devices`.
 
-    What the user set stays. Of the others, `tensor` takes the cluster's suggestion where the layout uses it, `data`
-    takes the number of slices, and the rest is 1; but what remains goes to the first of `rest`, `data` and `tensor`
-    that is free.
+    What the user set stays. Of the others that the layout uses, `tensor` takes the cluster's suggestion, `data` the
+    number of slices, and `context`, `expert` and `stage` take 2 each; but what remains goes to the first of `rest`,
+    `data` and `tensor` that is free.
 
     Raises:
       Refused: an axis the layout does not use is larger than 1, or the product cannot be `devices`.
@@ -99,7 +99,7 @@ def fill(axes: Axes, devices: int, *, used: Iterable[str], rest: str, tensor: in
     free = devices // given if devices % given == 0 else 0
     sizes = {axis: size for axis, size in zip(AXES, axes.sizes(), strict=True) if size}
     taker = next((axis for axis in (rest, "data", "tensor") if axis in used and axis not in sizes), None)
-    for axis, wanted in (("tensor", tensor), ("data", slices)):
+    for axis, wanted in (("tensor", tensor), ("data", slices), ("context", 2), ("expert", 2), ("stage", 2)):
         if free and axis in used and axis not in sizes and axis != taker:
             sizes[axis] = math.gcd(free, wanted)
             free //= sizes[axis]

@@ -34,7 +34,7 @@ class Run:
     "Where it runs: a name that `llmjax meshes` lists."
     axes: Axes = Axes()
     layout: Layout = layouts.dp
-    "What is cut over which mesh axis: dp, fsdp, tp, fsdp_tp or fsdp_tp_sp."
+    "What is cut over which mesh axis: a kind of parallelism, or several joined by _, such as fsdp_tp."
     steps: int = 1000
     "Optimizer steps."
     batch: int = 16

@@ -12,7 +12,8 @@ ROOT = Path(llmjax.__path__[0])
 # A file imports from rooms above its own line and from its own room, never from beside or below.
 ORDER = (
     ("errors",),
-    ("names", "layout", "mesh"),
+    ("names", "mesh"),
+    ("layout",),
     ("run", "processes"),
     ("models", "optim", "data", "checkpoint"),
     ("train",),

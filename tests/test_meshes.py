@@ -20,7 +20,7 @@ from meshes import chips
 NAMES = sorted(path.stem for path in Path(meshes.__path__[0]).glob("*.py") if path.stem not in ("__init__", "chips"))
 CLUSTERS = {name: importlib.import_module(f"meshes.{name}").cluster for name in NAMES}
 REAL = [name for name in NAMES if CLUSTERS[name].chip not in (None, chips.CPU)]
-LAYOUTS = list(layouts.PRESETS.values())
+LAYOUTS = [layouts.preset(name) for name in ("dp", "fsdp", "tp", "fsdp_tp", "fsdp_tp_sp")]
 
 # bfloat16 FLOP/s, memory in bytes, memory bytes/s, and bytes/s of one link or of NVLink, as hardware tables give them
 FACTS = {

@@ -69,11 +69,11 @@ def choose(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
 def continue_tokens(model: nnx.Module, tokens_BT: jax.Array, length_B: jax.Array, how: Sampling) -> jax.Array:
     """Fills in `how.tokens` positions after the first `length_B` of every row."""
     rows = jnp.arange(tokens_BT.shape[0])
+    place_T = jnp.asarray(np.argsort(nn.order(tokens_BT.shape[1])))  # of each position among the model's outputs
 
     def turn(i, tokens_BT):
-        placed_BT = jax.reshard(tokens_BT, nn.how().layout.gathered("BT"))
-        logits_BTV = jax.reshard(model(placed_BT).astype(jnp.float32), P(None, None, None))
-        logits_BV = logits_BTV[rows, length_B + i - 1]
+        logits_BTV = jax.reshard(model(nn.in_order(tokens_BT)).astype(jnp.float32), P(None, None, None))
+        logits_BV = logits_BTV[rows, place_T[length_B + i - 1]]
         chosen_B = choose(logits_BV, jax.random.fold_in(jax.random.key(how.seed), i), how)
         return tokens_BT.at[rows, length_B + i].set(chosen_B)
 

@@ -64,19 +64,19 @@ class GPT2Block(nnx.Module):
         self.down_FD, self.down_bias_D = nn.normal(keys[5], "FD", sizes, out), nn.full(0, "D", sizes)
 
     @jax.named_scope("block")
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         e = self.c.epsilon
         h_BTD = nn.layer_norm(x_BTD, self.attention_scale_D, self.attention_bias_D, e)
-        x_BTD = x_BTD + self.attention(nn.enter(h_BTD))
+        x_BTD = x_BTD + self.attention(nn.enter(h_BTD), segments_BT)
         h_BTD = nn.layer_norm(x_BTD, self.mlp_scale_D, self.mlp_bias_D, e)
         return x_BTD + self.mlp(nn.enter(h_BTD))
 
     @jax.named_scope("attention")
-    def attention(self, x_BTD):
+    def attention(self, x_BTD, segments_BT):
         q_BTHK = nn.project("BTD,DHK->BTHK", x_BTD, self.query_DHK) + nn.bias(self.query_bias_HK, "HK", "BTHK")
-        k_BSHK = nn.project("BSD,DHK->BSHK", x_BTD, self.key_DHK) + nn.bias(self.key_bias_HK, "HK", "BSHK")
-        v_BSHK = nn.project("BSD,DHK->BSHK", x_BTD, self.value_DHK) + nn.bias(self.value_bias_HK, "HK", "BSHK")
-        o_BTD = nn.project("BTHK,HKD->BTD", attention(q_BTHK, k_BSHK, v_BSHK), self.out_HKD)
+        k_BTHK = nn.project("BTD,DHK->BTHK", x_BTD, self.key_DHK) + nn.bias(self.key_bias_HK, "HK", "BTHK")
+        v_BTHK = nn.project("BTD,DHK->BTHK", x_BTD, self.value_DHK) + nn.bias(self.value_bias_HK, "HK", "BTHK")
+        o_BTD = nn.project("BTHK,HKD->BTD", attention(q_BTHK, k_BTHK, v_BTHK, segments_BT), self.out_HKD)
         return o_BTD + nn.bias(self.out_bias_D, "D", "BTD")
 
     @jax.named_scope("mlp")
@@ -86,7 +86,7 @@ class GPT2Block(nnx.Module):
 
 
 class GPT2Model(nnx.Module):
-    """`tokens_BT -> logits_BTV`."""
+    """`tokens_BT -> logits_BTV`; see `nn.Decoder`."""
 
     def __init__(self, c: GPT2, key: jax.Array):
         keys, sizes = jax.random.split(key, 3), c.sizes()
@@ -96,9 +96,18 @@ class GPT2Model(nnx.Module):
         self.blocks = nn.stack(functools.partial(GPT2Block, c), keys[2], c.layers)
         self.final_scale_D, self.final_bias_D = nn.full(1, "D", sizes), nn.full(0, "D", sizes)
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        position_TD = nn.use(self.position_PD, "PD")[: tokens_BT.shape[1]].astype(nn.how().activations)
-        x_BTD = nn.embed(tokens_BT, self.embed_VD) + position_TD[None]
-        x_BTD = nn.scan(self.blocks, x_BTD, lambda block, x_BTD: block(x_BTD))
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        position_PD = nn.use(self.position_PD, "PD").astype(nn.how().activations)
+        position_TD = position_PD.at[nn.positions(tokens_BT.shape[1])].get(out_sharding=nn.how().layout.gathered("TD"))
+        x_BTD = nn.embed(tokens_BT, self.embed_VD)
+        return x_BTD + jax.reshard(position_TD[None], jax.P(None, *jax.typeof(x_BTD).sharding.spec[1:]))
+
+    def layer(self, block: GPT2Block, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, None]:
+        return block(x_BTD, segments_BT), None
+
+    def head(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = nn.enter(nn.layer_norm(x_BTD, self.final_scale_D, self.final_bias_D, self.c.epsilon))
         return nn.project("BTD,VD->BTV", x_BTD, self.embed_VD)
+
+    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+        return nn.decode(self, tokens_BT, segments_BT)[0]

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from llmjax.errors import Refused
@@ -83,16 +82,19 @@ class LlamaBlock(nnx.Module):
         self.down_FD = nn.normal(keys[6], "FD", sizes, out * c.ff**-0.5)
 
     @jax.named_scope("block")
-    def __call__(self, x_BTD: jax.Array, angles: jax.Array) -> jax.Array:
-        x_BTD = x_BTD + self.attention(nn.enter(nn.rms_norm(x_BTD, self.attention_scale_D, self.c.epsilon)), angles)
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        h_BTD = nn.enter(nn.rms_norm(x_BTD, self.attention_scale_D, self.c.epsilon))
+        x_BTD = x_BTD + self.attention(h_BTD, segments_BT)
         return x_BTD + self.mlp(nn.enter(nn.rms_norm(x_BTD, self.mlp_scale_D, self.c.epsilon)))
 
     @jax.named_scope("attention")
-    def attention(self, x_BTD, angles):
-        q_BTHK = rotate(nn.project("BTD,DHK->BTHK", x_BTD, self.query_DHK), angles)
-        k_BSGK = rotate(nn.project("BSD,DGK->BSGK", x_BTD, self.key_DGK), angles)
-        v_BSGK = nn.project("BSD,DGK->BSGK", x_BTD, self.value_DGK)
-        return nn.project("BTHK,HKD->BTD", attention(q_BTHK, k_BSGK, v_BSGK), self.out_HKD)
+    def attention(self, x_BTD, segments_BT):
+        c = self.c
+        angles_TK = rope_angles(nn.positions(x_BTD.shape[1]), c.head_dim, c.theta, c.scaling)
+        q_BTHK = rotate(nn.project("BTD,DHK->BTHK", x_BTD, self.query_DHK), angles_TK)
+        k_BTGK = rotate(nn.project("BTD,DGK->BTGK", x_BTD, self.key_DGK), angles_TK)
+        v_BTGK = nn.project("BTD,DGK->BTGK", x_BTD, self.value_DGK)
+        return nn.project("BTHK,HKD->BTD", attention(q_BTHK, k_BTGK, v_BTGK, segments_BT), self.out_HKD)
 
     @jax.named_scope("mlp")
     def mlp(self, x_BTD):
@@ -102,7 +104,7 @@ class LlamaBlock(nnx.Module):
 
 
 class LlamaModel(nnx.Module):
-    """`tokens_BT -> logits_BTV`."""
+    """`tokens_BT -> logits_BTV`; see `nn.Decoder`."""
 
     def __init__(self, c: Llama, key: jax.Array):
         keys, sizes = jax.random.split(key, 3), c.sizes()
@@ -113,12 +115,17 @@ class LlamaModel(nnx.Module):
         if not c.tied:
             self.head_DV = nn.normal(keys[2], "DV", sizes, c.width**-0.5)
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        c = self.c
-        angles = rope_angles(jnp.arange(tokens_BT.shape[1]), c.head_dim, c.theta, c.scaling)
-        x_BTD = nn.embed(tokens_BT, self.embed_VD)
-        x_BTD = nn.scan(self.blocks, x_BTD, lambda block, x_BTD: block(x_BTD, angles))
-        x_BTD = nn.enter(nn.rms_norm(x_BTD, self.final_scale_D, c.epsilon))
-        if c.tied:
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        return nn.embed(tokens_BT, self.embed_VD)
+
+    def layer(self, block: LlamaBlock, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, None]:
+        return block(x_BTD, segments_BT), None
+
+    def head(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = nn.enter(nn.rms_norm(x_BTD, self.final_scale_D, self.c.epsilon))
+        if self.c.tied:
             return nn.project("BTD,VD->BTV", x_BTD, self.embed_VD)
         return nn.project("BTD,DV->BTV", x_BTD, self.head_DV)
+
+    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+        return nn.decode(self, tokens_BT, segments_BT)[0]

@@ -7,9 +7,11 @@ A model file says only the maths. Where each array lives and in which precision 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llmjax import layout as layouts
@@ -101,10 +103,48 @@ def _einsum(subscripts, a, b, dtype, place) -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=dtype, out_sharding=place)
 
 
+def product(subscripts: str, a: jax.Array, b: jax.Array, place: Any = None) -> jax.Array:
+    """`jnp.einsum` of two activations, with float32 sums."""
+    return _einsum(subscripts, a, b, jnp.float32, place)
+
+
 def bias(weight: nnx.Param, dims: str, out: str) -> jax.Array:
     """A bias with `dims`, shaped to be added to an activation with dims `out`."""
     value = jax.reshard(weight[...].astype(how().activations), how().layout.in_use(dims))
     return jnp.expand_dims(value, tuple(i for i, d in enumerate(out) if d not in dims))
+
+
+def ring() -> str | None:
+    """The mesh axis around which keys and values travel; None where every device sees all of them."""
+    axes = layouts.axes_of(how().layout.inner.get("S"))
+    axes = [axis for axis in axes if jax.sharding.get_abstract_mesh().shape[axis] > 1]
+    return axes[0] if axes else None
+
+
+def order(length: int) -> np.ndarray:
+    """The positions of a sequence in the order in which devices hold them, [T].
+
+    Around a ring of n devices each holds two pieces of the 2n that a sequence is cut into, one from the front and one
+    from the back, so that all have as much of the causal triangle to compute (zig-zag).
+    """
+    if not ring():
+        return np.arange(length)
+    ways = jax.sharding.get_abstract_mesh().shape[ring()]
+    pieces = np.arange(length).reshape(2 * ways, -1)
+    return np.stack([pieces[:ways], pieces[: ways - 1 : -1]], 1).reshape(-1)
+
+
+def positions(length: int) -> jax.Array:
+    """`order` as an array beside the activations, [T]."""
+    return jax.reshard(jnp.asarray(order(length), jnp.int32), how().layout.gathered("T"))
+
+
+def in_order(x_BT: jax.Array) -> jax.Array:
+    """Something per token, such as targets, in the order and place in which the model's outputs are."""
+    place = how().layout.gathered("BT")
+    if not ring():
+        return jax.reshard(x_BT, place)
+    return x_BT.at[:, order(x_BT.shape[1])].get(out_sharding=place)
 
 
 def enter(x_BTD: jax.Array) -> jax.Array:
@@ -137,20 +177,58 @@ def _whole(weight_D: nnx.Param) -> jax.Array:
     return jax.reshard(weight_D[...], how().layout.in_use("D"))
 
 
+class Decoder(Protocol):
+    """What a language model is made of, so that its layers may be run in stages and its loss taken piece by piece.
+
+    Calling it, `model(tokens_BT, segments_BT) -> logits_BTV`, is `decode`: embed, every layer in turn, head. Attention
+    stays within equal segments. Positions come, and logits leave, in the order that `order` says.
+    """
+
+    blocks: nnx.Module
+    "The layers, every parameter with a leading L."
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """The residual stream before the first layer, [B, T, D]."""
+
+    def layer(
+        self, block: nnx.Module, x_BTD: jax.Array, segments_BT: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """The stream after one layer, and what the layer counted over its tokens."""
+
+    def head(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] from the stream after the last layer."""
+
+
+def decode(
+    model: Decoder, tokens_BT: jax.Array, segments_BT: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    """(logits [B, T, V], what the layers counted, each with a leading L)."""
+    x_BTD, sums = scan(model.blocks, model.embed(tokens_BT), segments_BT, model.layer)
+    return model.head(x_BTD), sums
+
+
 def stack(block: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int) -> nnx.Module:
     """`layers` blocks as one, every parameter with a leading L."""
     return jax.vmap(block)(jax.random.split(key, layers))
 
 
-def scan(blocks: nnx.Module, x_BTD: jax.Array, call: Callable[[nnx.Module, jax.Array], jax.Array]) -> jax.Array:
-    """Runs stacked blocks one after another; `remat` decides what their backward pass computes again."""
+def scan(
+    blocks: nnx.Module,
+    x_BTD: jax.Array,
+    segments_BT: jax.Array | None,
+    layer: Callable[[nnx.Module, jax.Array, jax.Array | None], tuple[jax.Array, Any]],
+) -> tuple[jax.Array, Any]:
+    """Runs stacked blocks one after another; `remat` decides what the backward pass computes again.
+
+    Returns the stream after the last one and what the layers counted, stacked.
+    """
 
     def turn(x_BTD, block):
-        return call(block, x_BTD), None
+        return layer(block, x_BTD, segments_BT)
 
     policies = {
         "none": lambda f: f,
         "full": jax.checkpoint,
         "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     }
-    return jax.lax.scan(policies[how().remat](turn), x_BTD, blocks, unroll=how().unroll)[0]
+    return jax.lax.scan(policies[how().remat](turn), x_BTD, blocks, unroll=how().unroll)

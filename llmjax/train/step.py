@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from llmjax.train.loss import Batch
+from llmjax.train.loss import Batch, Sums
 
-Loss = Callable[[nnx.Module, Batch], tuple[jax.Array, jax.Array]]
+Loss = Callable[[nnx.Module, Batch], tuple[jax.Array, Sums]]
 
 
 @jax.tree_util.register_dataclass
@@ -29,10 +29,8 @@ def init(build: Callable[[jax.Array], nnx.Module], tx: optax.GradientTransformat
     return State(jnp.int32(0), model, tx.init(model))
 
 
-def gradients(
-    model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True
-) -> tuple[jax.Array, jax.Array, nnx.Module]:
-    """(loss, weight, gradients) of a batch whose arrays lead with [A, B]: a sum over A microbatches, one at a time.
+def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True) -> tuple[jax.Array, Sums, nnx.Module]:
+    """(loss, sums, gradients) of a batch whose arrays lead with [A, B]: a sum over A microbatches, one at a time.
 
     With `mean`, loss and gradients are divided by the weight of the whole batch, so neither masks nor the number of
     microbatches or devices changes them. Without, they are the plain sum over examples, as textbooks write
@@ -43,21 +41,26 @@ def gradients(
     def microbatch(total, batch):
         return jax.tree.map(jnp.add, total, with_gradient(model, batch)), None
 
-    zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, model))
-    ((total, weight), grads), _ = jax.lax.scan(microbatch, zero, batch)
+    ((total, sums), grads), _ = jax.lax.scan(microbatch, _zeros(with_gradient, model, batch), batch)
     if mean:
-        total, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1), (total, grads))
-    return total, weight, grads
+        total, grads = jax.tree.map(lambda x: x / jnp.maximum(sums["weight"], 1), (total, grads))
+    return total, sums, grads
+
+
+def _zeros(call: Callable, model: nnx.Module, batch: Batch):
+    """Zeros where `call` of one microbatch puts its results."""
+    results = jax.eval_shape(call, model, jax.tree.map(lambda x: x[0], batch))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), results)
 
 
 def train_step(
     state: State, batch: Batch, *, loss: Loss, tx: optax.GradientTransformation, mean: bool = True
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One optimizer step; metrics are `loss`, `grad_norm` (before clipping) and `weight` (targets counted)."""
-    total, weight, grads = gradients(state.model, batch, loss, mean=mean)
+    """One optimizer step; metrics are `loss`, `grad_norm` (before clipping) and the loss's sums."""
+    total, sums, grads = gradients(state.model, batch, loss, mean=mean)
     updates, opt = tx.update(grads, state.opt, state.model)
     model = optax.apply_updates(state.model, updates)
-    return State(state.step + 1, model, opt), dict(loss=total, grad_norm=optax.tree.norm(grads), weight=weight)
+    return State(state.step + 1, model, opt), dict(loss=total, grad_norm=optax.tree.norm(grads), **sums)
 
 
 def eval_step(model: nnx.Module, batch: Batch, *, loss: Loss) -> tuple[jax.Array, jax.Array]:
@@ -66,4 +69,5 @@ def eval_step(model: nnx.Module, batch: Batch, *, loss: Loss) -> tuple[jax.Array
     def microbatch(total, batch):
         return jax.tree.map(jnp.add, total, loss(model, batch)), None
 
-    return jax.lax.scan(microbatch, (jnp.float32(0), jnp.float32(0)), batch)[0]
+    total, sums = jax.lax.scan(microbatch, _zeros(loss, model, batch), batch)[0]
+    return total, sums["weight"]

@@ -22,7 +22,7 @@ PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 @functools.cache
 def completed(how: Sampling, devices: int = 1, layout: str = "dp", end: int | None = None) -> list[list[int]]:
-    layout = layouts.PRESETS[layout]
+    layout = layouts.preset(layout)
     axes = meshes.fill(meshes.Axes(), devices, used=layout.axes(), rest=layout.rest(), tensor=2)
     mesh = meshes.device_mesh(axes, jax.devices()[:devices])
     with jax.set_mesh(mesh), nn.compute(nn.Compute(layout=layout)):

@@ -37,7 +37,7 @@ BATCH, SEQUENCE, STEPS = 8, 16, 20
 
 
 def context(layout: str, devices: int):
-    layout = layouts.PRESETS[layout]
+    layout = layouts.preset(layout)
     axes = meshes.fill(meshes.Axes(), devices, used=layout.axes(), rest=layout.rest(), tensor=2)
     mesh = meshes.device_mesh(axes, jax.devices()[:devices])
     return mesh, layout, nn.compute(nn.Compute(layout=layout))
@@ -106,7 +106,7 @@ def abstract_model(layout: str):
         return jax.eval_shape(GPT.init, jax.random.key(0))
 
 
-@pytest.mark.parametrize("layout", layouts.PRESETS)
+@pytest.mark.parametrize("layout", ("dp", "fsdp", "tp", "fsdp_tp", "fsdp_tp_sp"))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_state_and_steps_are_placed_as_the_parameters(optimizer, layout):
     mesh, _, compute = context(layout, 8)
