@@ -21,6 +21,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax train [EXPERIMENT] [--field value ...]   train, or continue, an experiment (default: stdlib_tiny)
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
   llmjax launch --processes N --devices D train … the same command on N processes of this machine
+  llmjax parity [EXPERIMENT] [--layouts …]        show that every layout gives the same numbers (default: stdlib_tiny)
   llmjax bench [EXPERIMENT] [--field value ...]   measure the speed of training here (default: bench_small)
   llmjax experiments                              list experiments
   llmjax meshes                                   list meshes
@@ -29,7 +30,7 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "generate", "launch", "bench", "experiments", "meshes")
+COMMANDS = ("train", "generate", "launch", "parity", "bench", "experiments", "meshes")
 LAUNCHED = ("train", "bench")  # what several processes can do together
 
 
@@ -90,6 +91,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
     match command:
         case "train":
             return _train(*_experiment(arguments, "stdlib_tiny"))
+        case "parity":
+            return _parity(*_experiment(arguments, "stdlib_tiny"))
         case "bench":
             return _bench(*_experiment(arguments, "bench_small"))
         case "generate":
@@ -201,6 +204,24 @@ def _bench(run: "Run", arguments: list[str]) -> int:
     about = f"Times the train step of {run.name} on random tokens; writes nothing but --json."
     asked = parse(Bench(run), arguments, f"bench {run.name}", about)
     return bench(asked.run, asked.processes, asked.timing)
+
+
+def _parity(run: "Run", arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.commands.parity import Options, parity
+    from llmjax.mesh import Axes
+    from llmjax.run import Run
+
+    @dataclasses.dataclass(frozen=True)
+    class Parity:
+        run: Annotated[Run, tyro.conf.arg(name="")]
+        options: Annotated[Options, tyro.conf.arg(name="")] = Options()
+
+    about = f"Trains a few steps of {run.name}, made small, under many layouts and on one device, and compares."
+    short = dataclasses.replace(run, steps=5, axes=Axes())
+    asked = parse(Parity(short), arguments, f"parity {run.name}", about)
+    return parity(asked.run, asked.options)
 
 
 def _generate(arguments: list[str]) -> int:

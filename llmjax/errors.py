@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 DONE = 0
+UNEQUAL = 1  # `llmjax parity` found numbers that differ
 USAGE = 2  # a usage error or an impossible config
 DATA = 65  # data or a checkpoint is invalid
 NON_FINITE = 70  # training diverged and was stopped

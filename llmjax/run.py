@@ -219,6 +219,13 @@ def _check_model(run: Run, axes: Axes) -> None:
                     f"{_WORDS.get(letter, letter)} is {size}, which axis {shown} does not divide: "
                     f"choose a multiple of {ways}, or a smaller {over[0]} axis (--axes.{over[0]})."
                 )
+    for axis in layouts.axes_of(run.layout.inner.get("S")):
+        pieces = 2 * getattr(axes, axis)
+        if pieces > 2 and run.sequence % pieces:
+            raise Refused(
+                f"sequence is {run.sequence}, which 2 x {axis} {pieces // 2} pieces of a ring do not divide: "
+                f"choose a multiple of {pieces}, a smaller {axis} axis (--axes.{axis}), or cp in place of ring."
+            )
     if run.sequence > getattr(model, "positions", run.sequence):
         raise Refused(
             f"sequence is {run.sequence}, longer than the model's {model.positions} positions: "

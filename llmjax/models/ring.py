@@ -17,18 +17,17 @@ from llmjax.models import nn
 
 
 @jax.custom_vjp
-def attend(q_BTGRK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, segments) -> jax.Array:
-    """Causal attention of arrays whose T and S are cut over `nn.ring()`, in the order of `nn.order`.
+def attend(q_BTGRK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Causal attention of arrays whose T is cut over `nn.ring()`, in the order of `nn.order`.
 
-    `segments` is None or (segments_BT, segments_BS). Memory per device: scores of one pair of pieces, (T / 2n)² per
-    head, and the keys and values of one other device.
+    Memory per device: the scores of one pair of pieces, (T / 2n)² per head, and keys and values of one other device.
     """
-    return _forward(q_BTGRK, k_BSGK, v_BSGK, segments)[0]
+    return _forward(q_BTGRK, k_BTGK, v_BTGK, segments_BT)[0]
 
 
-def _forward(q_BTGRK, k_BSGK, v_BSGK, segments):
-    o_BTGRK, log_total_BTGR = _on_ring(_forward_on_device, 2)(q_BTGRK, k_BSGK, v_BSGK, segments)
-    return o_BTGRK, (q_BTGRK, k_BSGK, v_BSGK, segments, o_BTGRK, log_total_BTGR)
+def _forward(q_BTGRK, k_BTGK, v_BTGK, segments_BT):
+    o_BTGRK, log_total_BTGR = _on_ring(_forward_on_device, 2)(q_BTGRK, k_BTGK, v_BTGK, segments_BT)
+    return o_BTGRK, (q_BTGRK, k_BTGK, v_BTGK, segments_BT, o_BTGRK, log_total_BTGR)
 
 
 def _backward(saved, do_BTGRK):
@@ -47,7 +46,7 @@ def _on_ring(call, results: int):
 
 
 def _forward_on_device(axis, q, k, v, segments):
-    queries, keys = _pieces((q, segments and segments[0])), _pieces((k, v, segments and segments[1]))
+    queries, keys = _pieces((q, segments)), _pieces((k, v, segments))
     low = _look(queries[0], keys[0], diagonal=True)
     high = _merge(_look(queries[1], keys[0]), _look(queries[1], keys[1], diagonal=True))
 
@@ -67,8 +66,8 @@ def _forward_on_device(axis, q, k, v, segments):
 
 def _backward_on_device(axis, q, k, v, segments, o, log_total, do):
     mean = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1)
-    queries = _pieces((q, segments and segments[0], log_total, do, mean))
-    keys = _pieces((k, v, segments and segments[1]))
+    queries = _pieces((q, segments, log_total, do, mean))
+    keys = _pieces((k, v, segments))
     own, dkeys_low = _slope(queries[0], keys[0], diagonal=True)
     dlow = own
     across, dkeys_across = _slope(queries[1], keys[0])

@@ -1,0 +1,160 @@
+"""The same few steps on several meshes, and how far their numbers are apart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from llmjax.checkpoint.checkpoints import named
+from llmjax.mesh import Chip
+from llmjax.optim.schedules import Constant
+from llmjax.run import Run
+from llmjax.train.program import Program, make
+
+SMALL = dict(vocab=128, layers=4, width=64, head_dim=16, ff=128, shared_ff=64, experts=8, positions=32)
+FLAT = 1e-3  # a parameter whose gradient is this small beside the largest one has only rounding to compare
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What a few steps left behind: a loss and a gradient norm per step, and NumPy arrays by path."""
+
+    losses: np.ndarray
+    grad_norms: np.ndarray
+    gradients: dict[str, np.ndarray]  # of the first step, before clipping
+    parameters: dict[str, np.ndarray]  # after the last step
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """Largest relative differences that count as equal in float32."""
+
+    loss: float = 1e-5
+    "Of the loss at any step."
+    gradient: float = 1e-4
+    "Of the gradient's norm at any step, and of the first gradient of any parameter, beside the largest number in it."
+    parameter: float = 1e-3
+    "Of any parameter after the last step, as a norm; optimizers such as Adam enlarge what rounding left of a gradient."
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Largest relative differences between a trace and the reference."""
+
+    loss: float
+    grad_norm: float
+    gradient: float
+    parameter: float
+    first: str  # path of the first parameter whose gradient or, failing that, whose last weights differ; "" if none
+    passed: bool
+
+
+def small(run: Run) -> Run:
+    """The run with its widths, but not its shape, made small: it trains on emulated devices in seconds.
+
+    Everything that a model's config calls by a name in SMALL is capped. Heads keep their ratio, and their divisors as
+    far as four key heads allow. The optimizer keeps its kind and takes its peak rate at once.
+    """
+    model = run.model
+    fields = {field.name for field in dataclasses.fields(model)}
+    new = {name: min(cap, getattr(model, name)) for name, cap in SMALL.items() if name in fields}
+    if "heads" in fields:
+        keys = getattr(model, "kv_heads", model.heads)
+        factor = max(f for f in range(1, keys + 1) if keys % f == 0 and (f == 1 or keys // f >= 4))
+        new["heads"] = model.heads // factor
+        if "kv_heads" in fields:
+            new["kv_heads"] = keys // factor
+    if "top_k" in fields:
+        new["top_k"] = min(model.top_k, new["experts"])
+    optimizer = dataclasses.replace(run.optimizer, schedule=Constant())
+    return dataclasses.replace(
+        run, model=dataclasses.replace(model, **new), optimizer=optimizer, batch=16, sequence=32, accumulate=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """An optimizer that keeps the gradients it was last given, before it clips them."""
+
+    optimizer: object
+    clip: float
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        tx = self.optimizer.build(steps)
+        tx = optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
+
+        def init(model):
+            return jax.tree.map(jnp.zeros_like, model), tx.init(model)
+
+        def update(grads, state, model):
+            updates, own = tx.update(grads, state[1], model)
+            return updates, (grads, own)
+
+        return optax.GradientTransformation(init, update)
+
+
+def trace(run: Run, mesh: Mesh, chip: Chip, steps: int) -> Trace:
+    """Trains a few steps in float32 on batches that depend on the run's seed alone."""
+    kept = dataclasses.replace(run, optimizer=Kept(run.optimizer, run.clip), clip=0.0, dtype="float32", steps=steps)
+    program = make(kept, mesh, chip)
+    losses, norms, gradients = [], [], {}
+    with program.context():
+        state = program.init(jax.random.key(run.seed))
+        for step in range(steps):
+            state, metrics = program.step(state, batch(program, step))
+            losses.append(float(metrics["loss"]))
+            norms.append(float(metrics["grad_norm"]))
+            if step == 0:
+                gradients = _arrays(state.opt[0])
+    return Trace(np.array(losses), np.array(norms), gradients, _arrays(state.model))
+
+
+def batch(program: Program, step: int) -> dict[str, jax.Array]:
+    """Tokens with something to learn, some targets masked, and two or three documents in every row."""
+    run, random = program.run, np.random.default_rng((program.run.seed, step))
+    shape = (run.batch, run.sequence + 1)
+    tokens = random.integers(0, run.model.vocab, shape)
+    for t in range(1, shape[1]):  # most tokens follow from the one before
+        tokens[:, t] = np.where(
+            random.random(shape[0]) < 0.1, tokens[:, t], (5 * tokens[:, t - 1] + 3) % run.model.vocab
+        )
+    whole = dict(
+        tokens=tokens[:, :-1].astype(np.int32),
+        targets=tokens[:, 1:].astype(np.int32),
+        weights=(random.random((run.batch, run.sequence)) < 0.9).astype(np.float32),
+        segments=np.cumsum(random.random((run.batch, run.sequence)) < 1.5 / run.sequence, 1).astype(np.int32),
+    )
+    cut = (program.accumulate, run.batch // program.accumulate, run.sequence)
+    return jax.device_put({name: x.reshape(cut) for name, x in whole.items()}, program.batch_sharding())
+
+
+def compare(reference: Trace, other: Trace, tolerance: Tolerance = Tolerance()) -> Verdict:
+    """How far `other` is from the reference.
+
+    Parameters whose gradient vanishes, such as biases of keys, are left out where rounding alone decides their step.
+    """
+    loss, norm = (
+        float(np.max(np.abs(b - a) / np.abs(a)))
+        for a, b in ((reference.losses, other.losses), (reference.grad_norms, other.grad_norms))
+    )
+    largest = max(np.abs(x).max() for x in reference.gradients.values())
+    gradients, parameters = {}, {}
+    for name, expected in reference.gradients.items():
+        scale = max(np.abs(expected).max(), FLAT * largest)
+        gradients[name] = float(np.abs(other.gradients[name] - expected).max() / scale)
+        if np.abs(expected).max() >= FLAT * largest:
+            weights = reference.parameters[name]
+            parameters[name] = float(np.linalg.norm(other.parameters[name] - weights) / np.linalg.norm(weights))
+    different = [name for name in gradients if not gradients[name] <= tolerance.gradient]
+    different += [name for name in parameters if not parameters[name] <= tolerance.parameter]
+    passed = loss <= tolerance.loss and norm <= tolerance.gradient and not different
+    return Verdict(
+        loss, norm, max(gradients.values()), max(parameters.values()), next(iter(different), ""), bool(passed)
+    )
+
+
+def _arrays(tree) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x) for name, x in named(tree).items()}
