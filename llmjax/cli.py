@@ -31,7 +31,7 @@ Commands with options show them with --help.
 """
 
 COMMANDS = ("train", "generate", "launch", "parity", "bench", "experiments", "meshes")
-LAUNCHED = ("train", "bench")  # what several processes can do together
+LAUNCHED = ("train", "parity", "bench")  # what several processes can do together
 
 
 def main() -> None:
@@ -211,17 +211,19 @@ def _parity(run: "Run", arguments: list[str]) -> int:
 
     from llmjax.commands.parity import Options, parity
     from llmjax.mesh import Axes
+    from llmjax.processes import Processes
     from llmjax.run import Run
 
     @dataclasses.dataclass(frozen=True)
     class Parity:
         run: Annotated[Run, tyro.conf.arg(name="")]
         options: Annotated[Options, tyro.conf.arg(name="")] = Options()
+        processes: Processes = Processes()
 
     about = f"Trains a few steps of {run.name}, made small, under many layouts and on one device, and compares."
     short = dataclasses.replace(run, steps=5, axes=Axes())
     asked = parse(Parity(short), arguments, f"parity {run.name}", about)
-    return parity(asked.run, asked.options)
+    return parity(asked.run, asked.processes, asked.options)
 
 
 def _generate(arguments: list[str]) -> int:
@@ -239,7 +241,7 @@ def _launch(arguments: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class Launch:
-        """Runs `llmjax train` or `llmjax bench`, with its own options, on several processes of this machine.
+        """Runs `llmjax train`, `parity` or `bench`, with its own options, on several processes of this machine.
 
         For example: llmjax launch --processes 2 --devices 4 train stdlib_tiny --layout fsdp
         """
@@ -255,7 +257,7 @@ def _launch(arguments: list[str]) -> int:
     if not rest or rest[0] not in LAUNCHED:
         known = (*LAUNCHED, *(f"--{field.name}" for field in dataclasses.fields(Launch)))
         given, near = (rest[0], did_you_mean(rest[0], known)) if rest else ("nothing", "")
-        raise Refused(f"launch got {given} to run: {near}give {' or '.join(LAUNCHED)}, then options of that command.")
+        raise Refused(f"launch got {given} to run: {near}give train, parity or bench, then options of that command.")
     return launch(asked.processes, asked.devices, rest, Path(asked.logs))
 
 

@@ -1,5 +1,6 @@
 """Meshes hold the facts of real hardware, and every axis gets a size that makes sense or is refused."""
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 import meshes
@@ -157,3 +159,52 @@ def test_axes_that_cannot_be_are_refused(asked, layout, words):
 def test_one_device_is_one_device():
     with pytest.raises(Refused, match="there is 1 device"):
         filled(Axes(fsdp=2), 1, layouts.fsdp)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTPU:
+    """What mesh_utils reads of a device."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    process_index: int
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+
+
+def two_slices() -> list[FakeTPU]:
+    """Two slices of 4x4x4, in no order."""
+    places = itertools.product(range(2), range(4), range(4), range(4))
+    chips_ = [FakeTPU(i, s, (x, y, z), 16 * s + i % 64 // 4) for i, (s, z, y, x) in enumerate(places)]
+    return [chips_[i] for i in np.random.default_rng(0).permutation(len(chips_))]
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        Axes(data=2, stage=1, fsdp=16, expert=1, context=1, tensor=4),
+        Axes(data=8, stage=1, fsdp=4, expert=1, context=1, tensor=4),
+        Axes(data=2, stage=4, fsdp=1, expert=4, context=4, tensor=1),
+    ],
+)
+def test_only_data_crosses_the_slow_network_between_slices(axes):
+    grid = meshes_of.device_grid(axes, two_slices(), slices=2)
+    slices = np.vectorize(lambda device: device.slice_index)(grid).reshape(axes.data, -1)
+    assert grid.shape == axes.sizes() and len({device.id for device in grid.ravel()}) == 128
+    assert all(len(set(row)) == 1 for row in slices)  # whatever `data` is, the rest of the mesh stays in one slice
+    assert sorted(set(slices[:, 0])) == [0, 1]
+
+
+def test_the_last_axis_lies_on_neighbours_of_the_torus():
+    grid = meshes_of.device_grid(Axes(data=2, stage=1, fsdp=16, expert=1, context=1, tensor=4), two_slices(), slices=2)
+    for ring in grid.reshape(-1, 4):
+        for a, b in itertools.pairwise([*ring, ring[0]]):
+            apart = [min((p - q) % 4, (q - p) % 4) for p, q in zip(a.coords, b.coords, strict=True)]
+            assert sum(apart) == 1, ring
+
+
+def test_data_that_does_not_span_the_slices_is_refused():
+    with pytest.raises(Refused, match=r"axes.data is 1, but there are 2 slices .*: set axes.data to a multiple of 2"):
+        meshes_of.device_grid(Axes(1, 1, 32, 1, 1, 4), two_slices(), slices=2)

@@ -1,4 +1,7 @@
-"""`llmjax parity`: shows that a run gives the same numbers under every layout, on emulated devices."""
+"""`llmjax parity`: shows that a run gives the same numbers under every layout, on emulated devices.
+
+Behind `llmjax launch` it shows the same for several processes; one device is then one of each process's own.
+"""
 
 import dataclasses
 import json
@@ -16,6 +19,7 @@ from llmjax import processes as system
 from llmjax.errors import DONE, IO, UNEQUAL, Refused
 from llmjax.evaluate.parity import Tolerance, Trace, Verdict, compare, small, trace
 from llmjax.mesh import AXES, Axes, Cluster
+from llmjax.processes import Processes
 from llmjax.run import Run, check, to_json
 from llmjax.train.display import Display
 from llmjax.train.program import resolve
@@ -71,7 +75,7 @@ class Case:
         return " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1) or "one device"
 
 
-def parity(run: Run, options: Options) -> int:
+def parity(run: Run, processes: Processes, options: Options) -> int:
     """Trains the same few steps under every layout and on one device, and prints how far they are apart.
 
     Raises:
@@ -85,13 +89,14 @@ def parity(run: Run, options: Options) -> int:
     run = run if options.full else small(run)
     run = dataclasses.replace(run, accumulate=run.accumulate or 1)
     clusters = [names.load("meshes", name, "cluster") for name in options.meshes]
-    devices = start(clusters)
+    devices = start(clusters, processes)
     chosen = cases(run, clusters, options, len(devices))
     jax.config.update("jax_disable_most_optimizations", True)  # compiles in a third of the time; the same partitions
-    display = Display()
+    first = jax.process_index() == 0
+    display = Display(quiet=not first)
     display.say(f"llmjax parity {run.name}: {run.steps} steps in float32 against one device; {shape(run)}")
     one = Case(dataclasses.replace(run, layout=layouts.dp), Axes(1, 1, 1, 1, 1, 1))
-    reference, traces, verdicts = follow(one, devices), [], []
+    reference, traces, verdicts = follow(one, jax.local_devices()), [], []
     for case in chosen:
         began = time.monotonic()
         traces.append(follow(case, devices))
@@ -99,12 +104,12 @@ def parity(run: Run, options: Options) -> int:
         seconds = f"{time.monotonic() - began:.1f} s"
         display.say(f"{case.title()} ({case.cut()}): {outcome(verdicts[-1])}, {seconds}")
     show(display, run, chosen, reference, traces, verdicts, options.tolerance)
-    if options.json:
+    if options.json and first:
         write(Path(options.json), run, options, chosen, reference, traces, verdicts)
     return DONE if all(verdict.passed for verdict in verdicts) else UNEQUAL
 
 
-def start(clusters: list[Cluster]) -> list[jax.Device]:
+def start(clusters: list[Cluster], processes: Processes) -> list[jax.Device]:
     """The devices of the largest of these meshes, which the others take their first ones of."""
     for cluster in clusters:
         if cluster.chips is not None and not cluster.emulated:
@@ -112,7 +117,7 @@ def start(clusters: list[Cluster]) -> list[jax.Device]:
                 f"mesh {cluster.name} is {cluster.chips} chips that this machine does not have: "
                 f"compare on emulated devices, --meshes cpu8."
             )
-    return system.start(max(clusters, key=lambda cluster: cluster.chips or 0))
+    return system.start(max(clusters, key=lambda cluster: cluster.chips or 0), processes)
 
 
 def cases(run: Run, clusters: list[Cluster], options: Options, found: int) -> list[Case]:

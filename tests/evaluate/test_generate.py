@@ -43,7 +43,7 @@ def test_greedy_takes_the_likeliest_token_after_every_prefix():
                 tokens.append(token)
 
 
-@pytest.mark.parametrize("layout", ["fsdp_tp", "fsdp_tp_sp"])
+@pytest.mark.parametrize("layout", ["fsdp_tp", "fsdp_tp_sp", "ring", "fsdp_cp"])
 def test_eight_devices_complete_as_one_does(layout):
     assert completed(DRAWN, 8, layout) == completed(DRAWN)
 
