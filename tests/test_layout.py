@@ -72,3 +72,30 @@ def test_presets_are_found_by_name_and_an_unknown_one_is_refused_with_the_neares
         layouts.preset("fdsp")
     with pytest.raises(Refused, match="'pipeline': join any of dp, fsdp, tp, sp, cp, ring, ep, pp with _"):
         layouts.preset("pipeline")
+
+
+def test_kinds_join_to_what_either_cuts():
+    both = layouts.fsdp | layouts.tp | layouts.ring
+    assert both.name == "fsdp_tp_ring" and both == layouts.preset("fsdp_tp_ring")
+    assert both.params == layouts.fsdp_tp.params
+    assert both.activation("BTD") == P(BATCH, "context", None)
+    assert both.activation("BTF") == P(BATCH, "context", "tensor")
+
+
+def test_sequence_parallelism_cuts_what_context_parallelism_leaves():
+    both = layouts.preset("tp_sp_cp")
+    assert both.activation("BTD") == P(BATCH, ("context", "tensor"), None)  # the slower network cuts first
+    assert both.gathered("BTD") == P(BATCH, "context", None)
+
+
+def test_experts_stay_where_they_are_although_their_axis_cuts_the_batch():
+    both = layouts.preset("fsdp_ep")
+    assert [axes_of(entry) for entry in both.at_rest("EDF")] == [("expert",), ("fsdp",), ()]
+    assert [axes_of(entry) for entry in both.in_use("EDF")] == [("expert",), (), ()]
+    assert axes_of(both.activation("BTD")[0]) == (*BATCH, "expert")
+
+
+def test_a_layout_without_an_axis_cuts_nothing_over_it():
+    inside = layouts.preset("fsdp_tp_ring").without("data")
+    assert "data" not in inside.axes() and inside.axes() == {"fsdp", "tensor", "context"}
+    assert axes_of(inside.activation("BTD")[0]) == ("fsdp",)

@@ -1,0 +1,88 @@
+"""The promise of the project: every parallelism, alone and with others, gives the numbers of one device."""
+
+import functools
+import itertools
+import math
+
+import jax
+import pytest
+
+from llmjax import layout as layouts
+from llmjax import mesh as meshes
+from llmjax.evaluate import parity
+from llmjax.evaluate.parity import Tolerance, Trace
+from llmjax.mesh import AXES, Axes
+from llmjax.models.gpt2 import GPT2
+from llmjax.models.llama import Llama
+from llmjax.optim.adamw import AdamW
+from llmjax.optim.schedules import Constant
+from llmjax.run import Run
+from llmjax.train.loss import NextToken
+from meshes import cpu8
+
+KIND = dict(data="dp", stage="pp", fsdp="fsdp", expert="ep", context="ring", tensor="tp")
+SMALL = dict(vocab=96, layers=2, width=32, heads=4, head_dim=8, ff=64, positions=16)
+MODELS = {
+    "dense": (Llama(kv_heads=2, **SMALL), NextToken()),
+    "gpt2": (GPT2(**SMALL), NextToken(z=1e-3)),
+}
+DENSE = tuple(axis for axis in AXES if axis != "expert")
+FEW = Tolerance(loss=1e-5, gradient=1e-4)
+
+
+@functools.cache
+def traced(model: str, layout: str, sizes: tuple[tuple[str, int], ...]) -> Trace:
+    """Five steps of a model under a layout on a mesh."""
+    config, loss = MODELS[model]
+    run = Run(
+        model=config, data=None, optimizer=AdamW(lr=3e-3, schedule=Constant()), loss=loss, mesh=cpu8.cluster,
+        layout=layouts.preset(layout), batch=8, sequence=16, accumulate=1, remat="full",
+    )  # fmt: skip
+    axes = Axes(**(dict.fromkeys(AXES, 1) | dict(sizes)))
+    mesh = meshes.device_mesh(axes, jax.devices()[: math.prod(axes.sizes())])
+    return parity.trace(run, mesh, cpu8.cluster.chip, 5)
+
+
+def shows_the_numbers_of_one_device(model: str, layout: str, capfd=None, **sizes: int) -> None:
+    one = traced(model, "dp", ())
+    assert one.losses[-1] < one.losses[0], "it does not learn, so the curve says nothing"
+    verdict = parity.compare(one, traced(model, layout, tuple(sizes.items())), FEW)
+    assert verdict.passed, verdict
+    if capfd:
+        assert "rematerialization" not in capfd.readouterr().err
+
+
+def named(axes) -> str:
+    return "_".join(KIND[axis] for axis in axes)
+
+
+@pytest.mark.parametrize("axis", DENSE)
+def test_every_axis_alone(axis, capfd):
+    shows_the_numbers_of_one_device("dense", KIND[axis], capfd, **{axis: 2 if axis in ("stage", "tensor") else 4})
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(DENSE, 2)), ids=named)
+def test_every_pair_of_axes(pair, capfd):
+    shows_the_numbers_of_one_device("dense", named(pair), capfd, **dict.fromkeys(pair, 2))
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes"),
+    [
+        ("fsdp_tp_ring", ("fsdp", "tensor", "context")),
+        ("fsdp_tp_sp_ring", ("fsdp", "tensor", "context")),
+        ("fsdp_tp_sp_cp", ("fsdp", "tensor", "context")),
+        ("fsdp_tp_pp", ("fsdp", "tensor", "stage")),
+        ("fsdp_ring_pp", ("fsdp", "context", "stage")),
+        ("tp_ring_pp", ("data", "tensor", "stage")),
+    ],
+)
+def test_several_triples_of_axes(layout, axes, capfd):
+    shows_the_numbers_of_one_device("dense", layout, capfd, **dict.fromkeys(axes, 2))
+
+
+@pytest.mark.parametrize("layout", ["fsdp_tp_sp_ring", "fsdp_pp"])
+def test_the_other_family_too(layout, capfd):
+    shows_the_numbers_of_one_device(
+        "gpt2", layout, capfd, fsdp=2, **({"stage": 2} if "pp" in layout else {"context": 2, "tensor": 2})
+    )
