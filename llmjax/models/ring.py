@@ -27,23 +27,29 @@ def attend(q_BTGRK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, segments) -
 
 
 def _forward(q_BTGRK, k_BSGK, v_BSGK, segments):
-    o_BTGRK, log_total_BTGR = _on_ring(_forward_on_device, 2)(q_BTGRK, k_BSGK, v_BSGK, segments)
+    place = jax.typeof(q_BTGRK).sharding.spec
+    o_BTGRK, log_total_BTGR = _on_ring(_forward_on_device)((place, P(*place[:-1])), q_BTGRK, k_BSGK, v_BSGK, segments)
     return o_BTGRK, (q_BTGRK, k_BSGK, v_BSGK, segments, o_BTGRK, log_total_BTGR)
 
 
 def _backward(saved, do_BTGRK):
-    return *_on_ring(_backward_on_device, 3)(*saved, do_BTGRK), None
+    places = tuple(jax.typeof(x).sharding.spec for x in saved[:3])
+    return *_on_ring(_backward_on_device)(places, *saved, do_BTGRK), None
 
 
 attend.defvjp(_forward, _backward)
 
 
-def _on_ring(call, results: int):
-    """`call(axis, ...)` on every device's part of the sequence, the second dim of every array."""
-    part = P(None, nn.ring())
-    return jax.shard_map(
-        functools.partial(call, nn.ring()), in_specs=part, out_specs=(part,) * results, axis_names={nn.ring()}
-    )
+def _on_ring(call):
+    """`call(axis, ...)` on what every device holds.
+
+    It is manual over every axis, although only one is spoken of: where a part is left to the partitioner, jax 0.10 has
+    it gather the other axes' parts at the border.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return lambda places, *args: jax.shard_map(
+        functools.partial(call, nn.ring()), out_specs=places, axis_names=set(mesh.axis_names) - set(mesh.manual_axes)
+    )(*args)
 
 
 def _forward_on_device(axis, q, k, v, segments):
