@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -109,6 +109,22 @@ def table(found: Iterable[Collective], above: int = 0) -> dict[Key, int]:
     for x in found:
         sums[x.kind, x.axes] += x.count * sum(array.bytes for array in x.arrays if array.bytes > above)
     return {key: total for key, total in sums.items() if total}
+
+
+def departures(found: Sequence[Collective], expected: Mapping[Key, int], above: int = SCALAR) -> list[str]:
+    """Where a program communicates other than expected: a sentence for each, with the operations it comes from.
+
+    `expected` has the payload bytes in a step by (kind, axes); what it lacks must not be there at all. Arrays of up to
+    `above` bytes count for nothing.
+    """
+    sums, said = table(found, above), []
+    for key in sorted({*sums, *expected}):
+        has, wants = sums.get(key, 0), expected.get(key, 0)
+        if has != wants:
+            those = [x for x in found if (x.kind, x.axes) == key and any(array.bytes > above for array in x.arrays)]
+            what = f"{has:,} bytes in a step, not {wants:,}" if wants else f"{has:,} bytes in a step, unexpected"
+            said.append("\n  ".join([f"{key[0]} over {' x '.join(key[1]) or '?'}: {what}", *map(str, those)]))
+    return said
 
 
 def report(found: Sequence[Collective]) -> str:
