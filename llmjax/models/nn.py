@@ -99,7 +99,7 @@ def _project_backward(subscripts, saved, cotangents):
         into_x[over] = into_x[over] + part if over in into_x else part
         used = jax.typeof(_gather(weight, dims))
         part, over = _unreduced(f"{x_dims},{out}->{dims}", x, cotangent, weight.dtype, used)
-        into_weights.append(_sum_to(part, over, jax.typeof(weight).sharding.spec))
+        into_weights.append(_sum_to(part, over, weight))
     return sum(jax.reshard(part, jax.typeof(x).sharding) for part in into_x.values()), tuple(into_weights)
 
 
@@ -111,13 +111,19 @@ def _unreduced(subscripts, a, b, dtype, like) -> tuple[jax.Array, frozenset[str]
     a_dims, _, out = _dims(subscripts)
     cuts = zip(a_dims, jax.typeof(a).sharding.spec, strict=True)
     over = frozenset(axis for d, cut in cuts if d not in out for axis in layouts.axes_of(cut))
-    return _einsum(subscripts, a, b, dtype, P(*like.sharding.spec, unreduced=over)), over
+    return _einsum(subscripts, a, b, dtype, P(*like.sharding.spec.partitions, unreduced=over)), over
 
 
-def _sum_to(part: jax.Array, over: frozenset[str], rest: P) -> jax.Array:
-    """Sums what is open over these axes: first those that cut the result, so that the others carry a part only."""
-    cutting = frozenset(axis for cut in rest for axis in layouts.axes_of(cut))
-    return jax.reshard(jax.reshard(part, P(*rest, unreduced=over - cutting)), rest)
+def _sum_to(part: jax.Array, over: frozenset[str], weight: jax.Array) -> jax.Array:
+    """The gradient of a weight from a product that is open over these axes.
+
+    It is summed first over those that cut the weight, so that the others carry a part only; and not over those over
+    which the weight's type says that its gradient stays open.
+    """
+    spec = jax.typeof(weight).sharding.spec
+    cutting = frozenset(axis for cut in spec.partitions for axis in layouts.axes_of(cut))
+    part = jax.reshard(part, P(*spec.partitions, unreduced=over - cutting))
+    return jax.reshard(part, P(*spec.partitions, unreduced=spec.reduced))
 
 
 def _dims(subscripts: str) -> tuple[str, str, str]:
@@ -143,6 +149,25 @@ def bias(weight: nnx.Param, dims: str, out: str) -> jax.Array:
     """A bias with `dims`, shaped to be added to an activation with dims `out`."""
     value = jax.reshard(weight[...].astype(how().activations), how().layout.in_use(dims))
     return jnp.expand_dims(value, tuple(i for i, d in enumerate(out) if d not in dims))
+
+
+def open_sums(model: nnx.Module) -> nnx.Module:
+    """The model, with gradients that are not summed over the axes that cut tokens and not the weight (`P.unreduced`).
+
+    Each device then has the sum over its own tokens. The gradients of scales and biases are summed all the same, and
+    then held by one device. Weights may only be used through the functions of this module: `jnp` refuses to combine
+    them with what is cut over such an axis.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    tokens = (axis for d in "BT" for axis in layouts.axes_of(how().layout.inner.get(d)))
+    tokens = frozenset(axis for axis in tokens if sizes[axis] > 1)
+
+    def opened(weight):
+        spec = jax.typeof(weight).sharding.spec
+        cutting = frozenset(axis for cut in spec for axis in layouts.axes_of(cut))
+        return jax.reshard(weight, P(*spec, reduced=tokens - cutting))
+
+    return jax.tree.map(opened, model)
 
 
 def ring() -> str | None:
@@ -185,7 +210,8 @@ def enter(x_BTD: jax.Array) -> jax.Array:
 
 def embed(tokens_BT: jax.Array, table_VD: nnx.Param) -> jax.Array:
     """Rows of the table."""
-    table = use(table_VD, "VD").astype(how().activations)
+    place = P(*how().layout.in_use("VD"), reduced=jax.typeof(table_VD[...]).sharding.spec.reduced)
+    table = jax.reshard(table_VD[...].astype(how().operands), place).astype(how().activations)
     found_BTD = table.at[tokens_BT].get(
         out_sharding=how().layout.gathered("BTD")
     )  # so that a table cut over V stays so

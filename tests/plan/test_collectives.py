@@ -300,18 +300,41 @@ THEORY = {
 }
 
 
-# What a step of several microbatches communicates only once: XLA takes out of the loop over them the gathering of what
-# lies outside the layers.
-ONCE = {"fsdp_tp_sp": {(AG, ("fsdp",)): (TABLE + HEAD) // 2 + D}}
+A = 3  # microbatches
+# Their gradients are added up before devices exchange them, but for those of scales and over axes that cut the weight.
+# XLA takes the gathering of what lies outside the layers out of the loop over microbatches.
+ACCUMULATED = {
+    "dp": {(AR, ("data",)): LAYERS + TABLE + HEAD + SCALES + A * SCALES},
+    "fsdp in data": {
+        (AG, ("fsdp",)): A * 2 * LAYERS + A * 2 * L * D + TABLE + HEAD + D,
+        (AR, ("fsdp",)): A * (LAYERS + TABLE + HEAD),
+        (AR, ("data", "fsdp")): A * SCALES,
+        (AR, ("data",)): (LAYERS + TABLE + HEAD + SCALES) // 4,
+    },
+    "ring": {
+        (CP, ("context",)): A * L * KEYS_AND_VALUES // 2 * (3 + 3 + 4) // 4,
+        (AR, ("context",)): A * SCALES,
+        (AR, ("data",)): A * SCALES,
+        (AR, ("data", "context")): LAYERS + TABLE + HEAD + SCALES,
+    },
+}
 
 
-@pytest.mark.parametrize(("case", "accumulate"), [*((case, 1) for case in THEORY), ("dp", 2), ("fsdp_tp_sp", 2)])
-def test_a_step_communicates_what_theory_says_and_nothing_else(case, accumulate):
+def in_bytes(numbers: dict) -> dict:
+    return {key: FLOAT * count for key, count in numbers.items()}
+
+
+@pytest.mark.parametrize("case", THEORY)
+def test_a_step_communicates_what_theory_says_and_nothing_else(case):
     mesh, numbers = THEORY[case]
-    once = ONCE.get(case, {})
-    expected = {key: FLOAT * (accumulate * (n - once.get(key, 0)) + once.get(key, 0)) for key, n in numbers.items()}
-    found = step(case.split()[0], mesh, accumulate)
-    assert not departures(found, expected), report(found)
+    found = step(case.split()[0], mesh)
+    assert not departures(found, in_bytes(numbers)), report(found)
+
+
+@pytest.mark.parametrize("case", ACCUMULATED)
+def test_gradients_of_several_microbatches_are_exchanged_once(case):
+    found = step(case.split()[0], THEORY[case][0], A)
+    assert not departures(found, in_bytes(ACCUMULATED[case])), report(found)
 
 
 def wasteful(model, batch):
@@ -323,7 +346,7 @@ def wasteful(model, batch):
 
 def test_a_needless_collective_is_named_by_the_operation_it_comes_from():
     mesh, numbers = THEORY["dp"]
-    said = departures(step("dp", mesh, loss=wasteful), {key: FLOAT * count for key, count in numbers.items()})
+    said = departures(step("dp", mesh, loss=wasteful), in_bytes(numbers))
     gathered = next(text for text in said if text.startswith("all-gather over data"))
     assert f"{2 * FLOAT * B * T * V:,} bytes in a step, unexpected" in gathered  # logits, and their gradient
     assert re.search(rf"f32\[{B},{T},{V}\].*from .*reshard at .*test_collectives\.py:\d+", gathered)
