@@ -95,9 +95,9 @@ def _project_backward(subscripts, saved, cotangents):
     for each, weight, cotangent in zip(subscripts, weights, cotangents, strict=True):
         x_dims, dims, out = _dims(each)
         cotangent = jax.reshard(cotangent.astype(how().operands), how().layout.gathered(out))
-        part, over = _unreduced(f"{out},{dims}->{x_dims}", cotangent, _gather(weight, dims), x.dtype, jax.typeof(x))
+        used = _gather(weight, dims)
+        part, over = _unreduced(f"{out},{dims}->{x_dims}", cotangent, used, x.dtype, x)
         into_x[over] = into_x[over] + part if over in into_x else part
-        used = jax.typeof(_gather(weight, dims))
         part, over = _unreduced(f"{x_dims},{out}->{dims}", x, cotangent, weight.dtype, used)
         into_weights.append(_sum_to(part, over, weight))
     return sum(jax.reshard(part, jax.typeof(x).sharding) for part in into_x.values()), tuple(into_weights)
@@ -111,7 +111,7 @@ def _unreduced(subscripts, a, b, dtype, like) -> tuple[jax.Array, frozenset[str]
     a_dims, _, out = _dims(subscripts)
     cuts = zip(a_dims, jax.typeof(a).sharding.spec, strict=True)
     over = frozenset(axis for d, cut in cuts if d not in out for axis in layouts.axes_of(cut))
-    return _einsum(subscripts, a, b, dtype, P(*like.sharding.spec.partitions, unreduced=over)), over
+    return _einsum(subscripts, a, b, dtype, P(*jax.typeof(like).sharding.spec.partitions, unreduced=over)), over
 
 
 def _sum_to(part: jax.Array, over: frozenset[str], weight: jax.Array) -> jax.Array:

@@ -28,28 +28,28 @@ def attend(q_BTGRK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, segments) -
 
 def _forward(q_BTGRK, k_BSGK, v_BSGK, segments):
     place = jax.typeof(q_BTGRK).sharding.spec
-    o_BTGRK, log_total_BTGR = _on_ring(_forward_on_device)((place, P(*place[:-1])), q_BTGRK, k_BSGK, v_BSGK, segments)
+    places = place, P(*place[:-1])
+    o_BTGRK, log_total_BTGR = _on_ring(_forward_on_device, places, q_BTGRK, k_BSGK, v_BSGK, segments)
     return o_BTGRK, (q_BTGRK, k_BSGK, v_BSGK, segments, o_BTGRK, log_total_BTGR)
 
 
 def _backward(saved, do_BTGRK):
     places = tuple(jax.typeof(x).sharding.spec for x in saved[:3])
-    return *_on_ring(_backward_on_device)(places, *saved, do_BTGRK), None
+    return *_on_ring(_backward_on_device, places, *saved, do_BTGRK), None
 
 
 attend.defvjp(_forward, _backward)
 
 
-def _on_ring(call):
-    """`call(axis, ...)` on what every device holds.
+def _on_ring(call, places, *args):
+    """`call(axis, ...)` of what every device holds, for results that are cut as `places` says.
 
-    It is manual over every axis, although only one is spoken of: where a part is left to the partitioner, jax 0.10 has
-    it gather the other axes' parts at the border.
+    It is manual over every axis, although only one is spoken of: those left to the partitioner would have their parts
+    gathered at the border (jax 0.10).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return lambda places, *args: jax.shard_map(
-        functools.partial(call, nn.ring()), out_specs=places, axis_names=set(mesh.axis_names) - set(mesh.manual_axes)
-    )(*args)
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(functools.partial(call, nn.ring()), out_specs=places, axis_names=axes)(*args)
 
 
 def _forward_on_device(axis, q, k, v, segments):
