@@ -17,6 +17,7 @@ ORDER = (
     ("run", "processes"),
     ("models", "optim", "data", "checkpoint"),
     ("train",),
+    ("plan",),
     ("evaluate",),
     ("commands",),  # each puts the rooms above together
     ("cli",),

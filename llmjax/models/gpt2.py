@@ -73,10 +73,11 @@ class GPT2Block(nnx.Module):
 
     @jax.named_scope("attention")
     def attention(self, x_BTD, segments_BT):
-        q_BTHK = nn.project("BTD,DHK->BTHK", x_BTD, self.query_DHK) + nn.bias(self.query_bias_HK, "HK", "BTHK")
-        k_BTHK = nn.project("BTD,DHK->BTHK", x_BTD, self.key_DHK) + nn.bias(self.key_bias_HK, "HK", "BTHK")
-        v_BTHK = nn.project("BTD,DHK->BTHK", x_BTD, self.value_DHK) + nn.bias(self.value_bias_HK, "HK", "BTHK")
-        o_BTD = nn.project("BTHK,HKD->BTD", attention(q_BTHK, k_BTHK, v_BTHK, segments_BT), self.out_HKD)
+        weights = self.query_DHK, self.key_DHK, self.value_DHK
+        biases = self.query_bias_HK, self.key_bias_HK, self.value_bias_HK
+        projected = nn.project_all(("BTD,DHK->BTHK",) * 3, x_BTD, *weights)
+        qkv = (x_BTHK + nn.bias(bias, "HK", "BTHK") for x_BTHK, bias in zip(projected, biases, strict=True))
+        o_BTD = nn.project("BTHK,HKD->BTD", attention(*qkv, segments_BT), self.out_HKD)
         return o_BTD + nn.bias(self.out_bias_D, "D", "BTD")
 
     @jax.named_scope("mlp")

@@ -91,15 +91,14 @@ class LlamaBlock(nnx.Module):
     def attention(self, x_BTD, segments_BT):
         c = self.c
         angles_TK = rope_angles(nn.positions(x_BTD.shape[1]), c.head_dim, c.theta, c.scaling)
-        q_BTHK = rotate(nn.project("BTD,DHK->BTHK", x_BTD, self.query_DHK), angles_TK)
-        k_BTGK = rotate(nn.project("BTD,DGK->BTGK", x_BTD, self.key_DGK), angles_TK)
-        v_BTGK = nn.project("BTD,DGK->BTGK", x_BTD, self.value_DGK)
-        return nn.project("BTHK,HKD->BTD", attention(q_BTHK, k_BTGK, v_BTGK, segments_BT), self.out_HKD)
+        subscripts = "BTD,DHK->BTHK", "BTD,DGK->BTGK", "BTD,DGK->BTGK"
+        q_BTHK, k_BTGK, v_BTGK = nn.project_all(subscripts, x_BTD, self.query_DHK, self.key_DGK, self.value_DGK)
+        o_BTHK = attention(rotate(q_BTHK, angles_TK), rotate(k_BTGK, angles_TK), v_BTGK, segments_BT)
+        return nn.project("BTHK,HKD->BTD", o_BTHK, self.out_HKD)
 
     @jax.named_scope("mlp")
     def mlp(self, x_BTD):
-        gate_BTF = nn.project("BTD,DF->BTF", x_BTD, self.gate_DF)
-        up_BTF = nn.project("BTD,DF->BTF", x_BTD, self.up_DF)
+        gate_BTF, up_BTF = nn.project_all(("BTD,DF->BTF",) * 2, x_BTD, self.gate_DF, self.up_DF)
         return nn.project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD)
 
 

@@ -6,13 +6,14 @@ A model file says only the maths. Where each array lives and in which precision 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import P
 
 from llmjax import layout as layouts
 from llmjax.layout import Layout
@@ -63,30 +64,66 @@ def use(weight: nnx.Param, dims: str) -> jax.Array:
 
 def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     """`jnp.einsum(subscripts, x, weight)` of an activation and a weight, placed by the letters of the result."""
-    return _project(subscripts, x, weight[...])
+    return _project((subscripts,), x, (weight[...],))[0]
+
+
+def project_all(subscripts: Sequence[str], x: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
+    """`project` of one activation by several weights, whose parts of its gradient are summed over devices as one."""
+    return _project(tuple(subscripts), x, tuple(weight[...] for weight in weights))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(subscripts, x, weight):
-    x_dims, dims, out = _dims(subscripts)
-    return _einsum(f"{x_dims},{dims}->{out}", x, _gather(weight, dims), how().activations, how().layout.activation(out))
+def _project(subscripts, x, weights):
+    def one(subscripts, weight):
+        _, dims, out = _dims(subscripts)
+        place = how().layout.activation(out)
+        return _einsum(subscripts, x, _gather(weight, dims), how().activations, place)
+
+    return [one(*each) for each in zip(subscripts, weights, strict=True)]
 
 
-def _project_forward(subscripts, x, weight):
-    return _project(subscripts, x, weight), (x, weight)
+def _project_forward(subscripts, x, weights):
+    return _project(subscripts, x, weights), (x, weights)
 
 
-def _project_backward(subscripts, saved, cotangent):
-    # Written out for three reasons: the gathered weight is not kept for the backward pass but gathered again (ZeRO-3);
-    # its gradient is summed straight to the resting place; and both products take operands in the chosen precision.
-    (x, weight), (x_dims, dims, out) = saved, _dims(subscripts)
-    cotangent = cotangent.astype(how().operands)
-    into_x = _einsum(f"{out},{dims}->{x_dims}", cotangent, _gather(weight, dims), x.dtype, jax.typeof(x).sharding)
-    into_weight = _einsum(f"{x_dims},{out}->{dims}", x, cotangent, weight.dtype, jax.typeof(weight).sharding)
-    return into_x, into_weight
+def _project_backward(subscripts, saved, cotangents):
+    # Written out for four reasons: the gathered weight is not kept for the backward pass but gathered again (ZeRO-3);
+    # its gradient is summed straight to the resting place; all products take operands in the chosen precision; and
+    # devices exchange sums once, after what all weights add to the gradient of x is added up, over all axes together.
+    x, weights = saved
+    into_x, into_weights = {}, []
+    for each, weight, cotangent in zip(subscripts, weights, cotangents, strict=True):
+        x_dims, dims, out = _dims(each)
+        cotangent = jax.reshard(cotangent.astype(how().operands), how().layout.gathered(out))
+        used = _gather(weight, dims)
+        part, over = _unreduced(f"{out},{dims}->{x_dims}", cotangent, used, x.dtype, x)
+        into_x[over] = into_x[over] + part if over in into_x else part
+        part, over = _unreduced(f"{x_dims},{out}->{dims}", x, cotangent, weight.dtype, used)
+        into_weights.append(_sum_to(part, over, weight))
+    return sum(jax.reshard(part, jax.typeof(x).sharding) for part in into_x.values()), tuple(into_weights)
 
 
 _project.defvjp(_project_forward, _project_backward)
+
+
+def _unreduced(subscripts, a, b, dtype, like) -> tuple[jax.Array, frozenset[str]]:
+    """The product cut as `like` is, with the sum over devices left open, and the axes it is left open over."""
+    a_dims, _, out = _dims(subscripts)
+    cuts = zip(a_dims, jax.typeof(a).sharding.spec, strict=True)
+    over = frozenset(axis for d, cut in cuts if d not in out for axis in layouts.axes_of(cut))
+    return _einsum(subscripts, a, b, dtype, P(*jax.typeof(like).sharding.spec.partitions, unreduced=over)), over
+
+
+def _sum_to(part: jax.Array, over: frozenset[str], weight: jax.Array) -> jax.Array:
+    """The gradient of a weight from a product that is open over these axes.
+
+    It is summed first over those that cut the weight, so that the others carry a part only; and not over those over
+    which the weight's type says that its gradient stays open.
+    """
+    spec = jax.typeof(weight).sharding.spec
+    cutting = frozenset(axis for cut in spec.partitions for axis in layouts.axes_of(cut))
+    part = jax.reshard(part, P(*spec.partitions, unreduced=over - cutting))
+    return jax.reshard(part, P(*spec.partitions, unreduced=spec.reduced))
 
 
 def _dims(subscripts: str) -> tuple[str, str, str]:
@@ -112,6 +149,25 @@ def bias(weight: nnx.Param, dims: str, out: str) -> jax.Array:
     """A bias with `dims`, shaped to be added to an activation with dims `out`."""
     value = jax.reshard(weight[...].astype(how().activations), how().layout.in_use(dims))
     return jnp.expand_dims(value, tuple(i for i, d in enumerate(out) if d not in dims))
+
+
+def open_sums(model: nnx.Module) -> nnx.Module:
+    """The model, with gradients that are not summed over the axes that cut tokens and not the weight (`P.unreduced`).
+
+    Each device then has the sum over its own tokens. The gradients of scales and biases are summed all the same, and
+    then held by one device. Weights may only be used through the functions of this module: `jnp` refuses to combine
+    them with what is cut over such an axis.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    tokens = (axis for d in "BT" for axis in layouts.axes_of(how().layout.inner.get(d)))
+    tokens = frozenset(axis for axis in tokens if sizes[axis] > 1)
+
+    def opened(weight):
+        spec = jax.typeof(weight).sharding.spec
+        cutting = frozenset(axis for cut in spec for axis in layouts.axes_of(cut))
+        return jax.reshard(weight, P(*spec, reduced=tokens - cutting))
+
+    return jax.tree.map(opened, model)
 
 
 def ring() -> str | None:
@@ -154,8 +210,10 @@ def enter(x_BTD: jax.Array) -> jax.Array:
 
 def embed(tokens_BT: jax.Array, table_VD: nnx.Param) -> jax.Array:
     """Rows of the table."""
-    table = use(table_VD, "VD").astype(how().activations)
-    return table.at[tokens_BT].get(out_sharding=how().layout.activation("BTD"))
+    place = P(*how().layout.in_use("VD"), reduced=jax.typeof(table_VD[...]).sharding.spec.reduced)
+    table = jax.reshard(table_VD[...].astype(how().operands), place).astype(how().activations)
+    found_BTD = table.at[tokens_BT].get(out_sharding=how().layout.gathered("BTD"))  # a table cut over V stays so
+    return jax.reshard(found_BTD, how().layout.activation("BTD"))
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, epsilon: float) -> jax.Array:

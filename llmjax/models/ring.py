@@ -26,23 +26,29 @@ def attend(q_BTGRK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT
 
 
 def _forward(q_BTGRK, k_BTGK, v_BTGK, segments_BT):
-    o_BTGRK, log_total_BTGR = _on_ring(_forward_on_device, 2)(q_BTGRK, k_BTGK, v_BTGK, segments_BT)
+    place = jax.typeof(q_BTGRK).sharding.spec
+    places = place, P(*place[:-1])
+    o_BTGRK, log_total_BTGR = _on_ring(_forward_on_device, places, q_BTGRK, k_BTGK, v_BTGK, segments_BT)
     return o_BTGRK, (q_BTGRK, k_BTGK, v_BTGK, segments_BT, o_BTGRK, log_total_BTGR)
 
 
 def _backward(saved, do_BTGRK):
-    return *_on_ring(_backward_on_device, 3)(*saved, do_BTGRK), None
+    places = tuple(jax.typeof(x).sharding.spec for x in saved[:3])
+    return *_on_ring(_backward_on_device, places, *saved, do_BTGRK), None
 
 
 attend.defvjp(_forward, _backward)
 
 
-def _on_ring(call, results: int):
-    """`call(axis, ...)` on every device's part of the sequence, the second dim of every array."""
-    part = P(None, nn.ring())
-    return jax.shard_map(
-        functools.partial(call, nn.ring()), in_specs=part, out_specs=(part,) * results, axis_names={nn.ring()}
-    )
+def _on_ring(call, places, *args):
+    """`call(axis, ...)` of what every device holds, for results that are cut as `places` says.
+
+    It is manual over every axis, although only one is spoken of: those left to the partitioner would have their parts
+    gathered at the border (jax 0.10).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(functools.partial(call, nn.ring()), out_specs=places, axis_names=axes)(*args)
 
 
 def _forward_on_device(axis, q, k, v, segments):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from llmjax.models import nn
 from llmjax.train.loss import Batch, Sums
 
 Loss = Callable[[nnx.Module, Batch], tuple[jax.Array, Sums]]
@@ -37,11 +38,15 @@ def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True)
     w <- w - eta * sum_i(g_i).
     """
     with_gradient = jax.value_and_grad(loss, has_aux=True)
+    places = jax.tree.map(lambda weight: jax.typeof(weight).sharding, model)
+    if len(jax.tree.leaves(batch)[0]) > 1:  # devices exchange gradients once for all microbatches
+        model = nn.open_sums(model)
 
     def microbatch(total, batch):
         return jax.tree.map(jnp.add, total, with_gradient(model, batch)), None
 
     ((total, sums), grads), _ = jax.lax.scan(microbatch, _zeros(with_gradient, model, batch), batch)
+    grads = jax.tree.map(jax.reshard, grads, places)
     if mean:
         total, grads = jax.tree.map(lambda x: x / jnp.maximum(sums["weight"], 1), (total, grads))
     return total, sums, grads

@@ -1,0 +1,368 @@
+"""Every collective of a compiled program is found and named, and training communicates what theory says."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import P
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from llmjax import layout as layouts
+from llmjax import mesh as meshes
+from llmjax.mesh import Axes
+from llmjax.models import nn
+from llmjax.models.llama import Llama
+from llmjax.plan.collectives import collectives, departures, report, table
+from llmjax.train import step as steps
+from llmjax.train.loss import NextToken
+
+SHAPE, BYTES = (4, 8), 4 * 4 * 8  # what one device holds, in float32
+PAIRS = [(0, 1), (1, 0)]
+
+
+def cube() -> Mesh:
+    """2 x 2 x 2 devices, in an order that is not that of their ids."""
+    order = np.random.default_rng(0).permutation(8)
+    return Mesh(np.array(jax.devices())[order].reshape(2, 2, 2), tuple("xyz"), axis_types=(AxisType.Explicit,) * 3)
+
+
+def halves(x):
+    return x[: len(x) // 2] + x[len(x) // 2 :]
+
+
+ALONE = {  # each gives back the shape it takes
+    "psum": (lambda x: jax.lax.psum(x, "y"), "all-reduce", "y", BYTES),
+    "psum over two axes": (lambda x: jax.lax.psum(x, ("x", "z")), "all-reduce", "xz", BYTES),
+    "psum over all": (lambda x: jax.lax.psum(x, ("x", "y", "z")), "all-reduce", "xyz", BYTES),
+    "all_gather": (lambda x: halves(jax.lax.all_gather(x, "x", tiled=True)), "all-gather", "x", 2 * BYTES),
+    "psum_scatter": (
+        lambda x: jnp.tile(jax.lax.psum_scatter(x, "z", tiled=True), (2, 1)),
+        "reduce-scatter",
+        "z",
+        BYTES,
+    ),
+    "all_to_all": (lambda x: jax.lax.all_to_all(x, "y", 0, 0, tiled=True), "all-to-all", "y", BYTES),
+    "ppermute": (lambda x: jax.lax.ppermute(x, "z", PAIRS), "collective-permute", "z", BYTES),
+}
+
+
+def scanned(op, turns: int):
+    return lambda x: jax.lax.scan(lambda x, _: (jnp.sin(op(x)), None), x, length=turns)[0]
+
+
+AROUND = {
+    "alone": (lambda op: op, 1),
+    "in a scan": (lambda op: scanned(op, 5), 5),
+    "in a scan in a scan": (lambda op: scanned(scanned(op, 5), 3), 15),
+    "in a branch in a scan": (lambda op: scanned(lambda x: jax.lax.cond(x[0, 0] > 0, op, jnp.sin, x), 5), 5),
+    "under remat": (lambda op: jax.checkpoint(op), 1),
+}
+
+
+def compiled(op) -> jax.stages.Compiled:
+    """`op` of every device's own array, in which it may speak to the others."""
+    mesh = cube()
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct(
+            (8 * SHAPE[0], SHAPE[1]), jnp.float32, sharding=NamedSharding(mesh, P(("x", "y", "z")))
+        )
+        mapped = jax.shard_map(op, in_specs=P(("x", "y", "z")), out_specs=P(("x", "y", "z")), check_vma=False)
+        return jax.jit(mapped).lower(x).compile()
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("op", ALONE)
+def test_a_collective_is_found_with_its_axes_bytes_and_turns(op, around):
+    (call, kind, axes, size), (wrap, count) = ALONE[op], AROUND[around]
+    [found] = collectives(compiled(wrap(call)), cube())
+    assert (found.kind, found.axes, found.bytes, found.count) == (kind, tuple(axes), size, count)
+    assert found.ways == 2 ** len(axes) and found.per_step == size * count
+    assert re.search(r"jit\(.*\)/.* at .*test_collectives\.py:\d+", found.source)
+
+
+def test_turns_are_followed_where_xla_does_not_note_them():
+    program = compiled(scanned(scanned(ALONE["psum"][0], 5), 3)).as_text()
+    bare = re.sub(r',?"known_trip_count":\{[^}]*\}', "", program)
+    assert program != bare
+    assert collectives(bare, cube()) == collectives(program, cube())
+
+
+def test_a_loop_that_data_ends_is_an_error_unless_its_turns_are_given():
+    program = compiled(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: jax.lax.psum(x, "x") + 1, x))
+    with pytest.raises(ValueError, match=r"how often .* depends on data, in jit.*while.*: give `turns`"):
+        collectives(program, cube())
+    [found] = collectives(program, cube(), turns=7)
+    assert found.count == 7
+
+
+def test_arrays_that_travel_together_are_summed_and_scalars_can_be_left_out():
+    found = collectives(compiled(lambda x: jax.lax.psum((x, x[:1] * 2, x[0, 0]), "x")[0] + 1), cube())
+    assert table(found) == {("all-reduce", ("x",)): BYTES}  # what nobody uses is not computed
+    found = collectives(compiled(lambda x: sum(map(jnp.sum, jax.lax.psum((x, x[:1] * 2, x[0, 0]), "x"))) + x), cube())
+    assert table(found) == {("all-reduce", ("x",)): BYTES + 32 + 4}
+    assert table(found, above=4) == {("all-reduce", ("x",)): BYTES + 32}
+
+
+def written(line: str) -> str:
+    """A program of one collective, as XLA writes it."""
+    return f"""HloModule a, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}}
+
+ENTRY %main (p: bf16[4,6]) -> bf16[4,6] {{
+  %p = bf16[4,6]{{1,0:T(8,128)(2,1)}} parameter(0)
+  {line}
+  ROOT %q = bf16[4,6]{{1,0}} copy(%p)
+}}
+"""
+
+
+GROUPS = {
+    "{{0,1},{2,3},{4,5},{6,7}}": "z",
+    "{{0,4},{1,5},{2,6},{3,7}}": "x",
+    "{{0,2,4,6},{1,3,5,7}}": "xy",
+    "{{1,0},{3,2},{5,4},{7,6}}": "z",
+    "{{0,1,2,3,4,5,6,7}}": "xyz",
+    "{}": "xyz",
+    "[4,2]<=[8]": "z",
+    "[2,4]<=[8]": "yz",
+    "[4,2]<=[2,4]T(1,0)": "x",
+    "[4,2]<=[2,2,2]T(0,2,1)": "y",
+    "[2,4]<=[4,2]T(1,0)": "xy",
+    "mesh['a'=2,'b'=4] {'a'}": "x",
+    "mesh['a'=2,'b'=4] {'b'}": "yz",
+    "mesh['a'=2,'b'=2,'c'=2,'d'=1] {'a','c'}": "xz",
+    "mesh['a'=2,'b'=4] {'a','b':(2)2}": "xz",
+    "mesh['a'=8] {'a':(2)2}": "y",
+    "mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}": "z",
+    "{{0,3},{1,2},{4,7},{5,6}}": "",
+    "{{0,1},{2,3}}": "",
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_groups_of_devices_are_named_by_mesh_axes_however_they_are_written(groups):
+    line = f"%r = bf16[4,6]{{1,0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add"
+    [found] = collectives(written(f"{line}, use_global_device_ids=true"), cube())
+    assert found.axes == tuple(GROUPS[groups])
+    assert found.groups == groups and found.bytes == 48
+    if not found.axes:
+        assert groups in str(found)
+
+
+PERMUTES = {"{{0,1},{2,3}}": "z", "{{0,1},{1,2},{2,3}}": "yz", "{{0,4},{4,0},{3,3}}": "x"}
+
+
+@pytest.mark.parametrize("pairs", PERMUTES)
+def test_a_permute_is_named_by_the_axes_it_crosses(pairs):
+    [found] = collectives(written(f"%r = bf16[4,6]{{1,0}} collective-permute(%p), source_target_pairs={pairs}"), cube())
+    assert found.axes == tuple(PERMUTES[pairs])
+
+
+def test_what_stays_on_its_device_is_no_communication():
+    alone = "%r = bf16[4,6]{1,0} all-reduce(%p), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add"
+    home = "%s = bf16[4,6]{1,0} collective-permute(%p), source_target_pairs={{0,0},{1,1}}"
+    assert collectives(written(f"{alone}\n  {home}"), cube()) == []
+
+
+def test_something_asynchronous_counts_once():
+    lines = """%s = (bf16[4,6]{1,0}, bf16[8,6]{1,0}) all-gather-start(%p), replica_groups=[4,2]<=[8], dimensions={0}
+  %d = bf16[8,6]{1,0} all-gather-done(%s)
+  %t = ((bf16[4,6]{1,0}), bf16[2,6]{1,0}, u32[]) reduce-scatter-start(%p), replica_groups=[4,2]<=[8], to_apply=%add
+  %e = bf16[2,6]{1,0} reduce-scatter-done(%t)"""
+    found = collectives(written(lines), cube())
+    assert table(found) == {("all-gather", ("z",)): 96, ("reduce-scatter", ("z",)): 48}
+
+
+def test_bytes_sent_are_those_of_a_ring():
+    line = "%r = bf16[4,6]{{1,0}} {kind}(%p), replica_groups=[2,4]<=[8], dimensions={{0}}, to_apply=%add"
+    sent = {}
+    for kind in ("all-reduce", "reduce-scatter", "all-to-all", "all-gather"):
+        [found] = collectives(written(line.format(kind=kind)), cube())
+        sent[kind] = found.sent
+    [found] = collectives(written("%r = bf16[4,6] collective-permute(%p), source_target_pairs={{0,1}}"), cube())
+    assert sent == {"all-reduce": 72, "reduce-scatter": 36, "all-to-all": 36, "all-gather": 4 * 36}
+    assert found.sent == 48
+
+
+B, T, D, H, G, K, F, V, L = 16, 32, 40, 8, 4, 14, 72, 48, 3  # B is a microbatch's
+MODEL = Llama(vocab=V, layers=L, width=D, heads=H, kv_heads=G, head_dim=K, ff=F, positions=T)
+FLOAT = 4  # bytes
+
+ATTENTION, MLP = D * K * (2 * H + 2 * G), 3 * D * F
+LAYERS = L * (ATTENTION + MLP)  # the matrices of all layers
+TABLE = HEAD = V * D
+SCALES = (2 * L + 1) * D  # of the norms
+STREAM = B * T * D
+KEYS_AND_VALUES = 2 * B * T * G * K
+
+AR, AG, CP = "all-reduce", "all-gather", "collective-permute"
+
+
+def tx() -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+@functools.cache
+def step(layout: str, axes: Axes, accumulate: int = 1, loss=NextToken()):
+    """The collectives of a train step of MODEL on eight devices."""
+    layout, mesh = layouts.preset(layout), meshes.device_mesh(axes, jax.devices())
+    shape, place = (accumulate, B, T), NamedSharding(mesh, P(None, layout.inner["B"]))
+    types = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()}
+    with jax.set_mesh(mesh), nn.compute(nn.Compute(layout=layout)):
+        state = jax.eval_shape(
+            functools.partial(steps.init, MODEL.init, tx()), jax.eval_shape(lambda: jax.random.key(0))
+        )
+        call = jax.jit(functools.partial(steps.train_step, loss=loss, tx=tx()), donate_argnums=0)
+        return collectives(call.lower(state, batch).compile(), mesh)
+
+
+def axes(**sizes: int) -> Axes:
+    return Axes(**dict.fromkeys(meshes.AXES, 1) | sizes)
+
+
+# By layout and mesh: how many numbers (not bytes) of V a device communicates for one microbatch. A CPU's compiler keeps
+# an all-reduce and takes its part of the result where a TPU's has a reduce-scatter: as many numbers, half as many sent.
+THEORY = {
+    # Data parallelism: every gradient once.
+    "dp": (axes(data=8), {(AR, ("data",)): LAYERS + TABLE + HEAD + SCALES}),
+    # Every weight is gathered for the forward pass and a matrix of a layer again for the backward pass (the head's are
+    # next to each other); gradients are summed to where weights rest.
+    "fsdp": (
+        axes(fsdp=8),
+        {
+            (AG, ("fsdp",)): 2 * LAYERS + TABLE + HEAD + SCALES,
+            (AR, ("fsdp",)): LAYERS + TABLE + HEAD + SCALES,
+        },
+    ),
+    # With data around it, only the part that a device keeps crosses the slower axis. Table and norms are summed over
+    # both at once: a sum that scatters rows, or is no product, cannot be left open over one of them.
+    "fsdp in data": (
+        axes(data=2, fsdp=4),
+        {
+            (AG, ("fsdp",)): 2 * LAYERS + TABLE + HEAD + SCALES,
+            (AR, ("fsdp",)): LAYERS + HEAD,
+            (AR, ("data",)): (LAYERS + HEAD) // 4,
+            (AR, ("data", "fsdp")): TABLE + SCALES,
+        },
+    ),
+    # Tensor parallelism: the stream after attention and after the MLP, and its gradient before each; once after the
+    # table and before the head; and of each target the highest logit, their sum, and its own.
+    "tp": (
+        axes(data=4, tensor=2),
+        {
+            (AR, ("tensor",)): (4 * L + 2) * STREAM // 4 + 3 * B * T // 4,
+            (AR, ("data",)): (LAYERS + TABLE + HEAD) // 2 + SCALES,
+        },
+    ),
+    # With the stream cut over T in between, what was one all-reduce is a sum to a part (an all-reduce here) and a
+    # gathering; the norms see a part of the positions each.
+    "fsdp_tp_sp": (
+        axes(fsdp=4, tensor=2),
+        {
+            (AG, ("fsdp",)): (2 * LAYERS + TABLE + HEAD) // 2 + SCALES,
+            (AR, ("fsdp",)): (LAYERS + TABLE + HEAD) // 2 + SCALES,
+            (AG, ("tensor",)): (4 * L + 2) * STREAM // 4,
+            (AR, ("tensor",)): (4 * L + 2) * STREAM // 4 + 3 * B * T // 4 + SCALES,
+        },
+    ),
+    # Positions cut over context: keys and values are gathered and their gradients summed. A gradient is a sum over data
+    # and context; table and norms take it over one after the other, see "fsdp in data".
+    "cp": (
+        axes(data=2, context=4),
+        {
+            (AG, ("context",)): L * KEYS_AND_VALUES // 2,
+            (AR, ("context",)): L * KEYS_AND_VALUES // 2 + TABLE + SCALES,
+            (AR, ("data",)): TABLE + SCALES,
+            (AR, ("data", "context")): LAYERS + HEAD,
+        },
+    ),
+    # Around a ring of n = 4: (n-1)/n of the keys and values forward, the same again backward, and with these their
+    # gradients, which go one hop further, home.
+    "ring": (
+        axes(data=2, context=4),
+        {
+            (CP, ("context",)): L * KEYS_AND_VALUES // 2 * (3 + 3 + 4) // 4,
+            (AR, ("context",)): TABLE + SCALES,
+            (AR, ("data",)): TABLE + SCALES,
+            (AR, ("data", "context")): LAYERS + HEAD,
+        },
+    ),
+}
+
+
+A = 3  # microbatches
+# Their gradients are added up before devices exchange them, but for those of scales and over axes that cut the weight.
+# XLA takes the gathering of what lies outside the layers out of the loop over microbatches.
+ACCUMULATED = {
+    "dp": {(AR, ("data",)): LAYERS + TABLE + HEAD + SCALES + A * SCALES},
+    "fsdp in data": {
+        (AG, ("fsdp",)): A * 2 * LAYERS + A * 2 * L * D + TABLE + HEAD + D,
+        (AR, ("fsdp",)): A * (LAYERS + TABLE + HEAD),
+        (AR, ("data", "fsdp")): A * SCALES,
+        (AR, ("data",)): (LAYERS + TABLE + HEAD + SCALES) // 4,
+    },
+    "ring": {
+        (CP, ("context",)): A * L * KEYS_AND_VALUES // 2 * (3 + 3 + 4) // 4,
+        (AR, ("context",)): A * SCALES,
+        (AR, ("data",)): A * SCALES,
+        (AR, ("data", "context")): LAYERS + TABLE + HEAD + SCALES,
+    },
+}
+
+
+def in_bytes(numbers: dict) -> dict:
+    return {key: FLOAT * count for key, count in numbers.items()}
+
+
+@pytest.mark.parametrize("case", THEORY)
+def test_a_step_communicates_what_theory_says_and_nothing_else(case):
+    mesh, numbers = THEORY[case]
+    found = step(case.split()[0], mesh)
+    assert not departures(found, in_bytes(numbers)), report(found)
+
+
+@pytest.mark.parametrize("case", ACCUMULATED)
+def test_gradients_of_several_microbatches_are_exchanged_once(case):
+    found = step(case.split()[0], THEORY[case][0], A)
+    assert not departures(found, in_bytes(ACCUMULATED[case])), report(found)
+
+
+def wasteful(model, batch):
+    """Copies the logits to every device, and is right."""
+    logits_BTV = model(batch["tokens"])
+    whole = jax.reshard(logits_BTV, P())  # nobody needs this
+    return NextToken().of(jax.reshard(whole, jax.typeof(logits_BTV).sharding), batch)
+
+
+def test_a_needless_collective_is_named_by_the_operation_it_comes_from():
+    mesh, numbers = THEORY["dp"]
+    said = departures(step("dp", mesh, loss=wasteful), in_bytes(numbers))
+    gathered = next(text for text in said if text.startswith("all-gather over data"))
+    assert f"{2 * FLOAT * B * T * V:,} bytes in a step, unexpected" in gathered  # logits, and their gradient
+    assert re.search(rf"f32\[{B},{T},{V}\].*from .*reshard at .*test_collectives\.py:\d+", gathered)
+
+
+def test_too_many_and_too_few_bytes_are_both_departures():
+    mesh, numbers = THEORY["dp"]
+    [(key, count)] = numbers.items()
+    for wrong in (count - 1, count + 1):
+        [text] = departures(step("dp", mesh), {key: FLOAT * wrong})
+        assert f"{FLOAT * count:,} bytes in a step, not {FLOAT * wrong:,}" in text
+    [text] = departures(step("dp", mesh), {key: FLOAT * count, (CP, ("data",)): 8})
+    assert "collective-permute over data: 0 bytes in a step, not 8" in text
+
+
+def test_the_report_shows_every_kind_and_axis_with_its_bytes():
+    lines = report(step("tp", THEORY["tp"][0])).splitlines()
+    assert lines[0].split() == ["collective", "over", "runs", "bytes", "sent", "per", "device"]
+    assert {tuple(line.split()[:2]) for line in lines[1:]} == {(AR, "tensor"), (AR, "data")}
