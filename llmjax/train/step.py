@@ -39,8 +39,8 @@ def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True)
     """
     with_gradient = jax.value_and_grad(loss, has_aux=True)
     places = jax.tree.map(lambda weight: jax.typeof(weight).sharding, model)
-    if len(jax.tree.leaves(batch)[0]) > 1:  # devices exchange gradients once for all microbatches
-        model = nn.open_sums(model)
+    if len(jax.tree.leaves(batch)[0]) > 1 and hasattr(model, "blocks"):  # an nn.Decoder
+        model = nn.open_sums(model)  # devices exchange gradients once for all microbatches
 
     def microbatch(total, batch):
         return jax.tree.map(jnp.add, total, with_gradient(model, batch)), None
