@@ -15,6 +15,28 @@ from llmjax.mesh import Axes, Cluster
 
 
 @dataclasses.dataclass(frozen=True)
+class DiLoCo:
+    """Local SGD over the mesh axis `data`: each of its coordinates trains a model of its own (arXiv:2311.08105).
+
+    Every so many steps the workers average what they changed, and an outer step of SGD with that average moves all of
+    them. In between nothing crosses the axis. The number of workers decides the numbers, as `every` does.
+    """
+
+    every: int = 30
+    "Steps between two exchanges, H; 0: synchronous training. The last step of a run ends with one as well."
+    lr: float = 0.7
+    "Learning rate of the outer step; 1 without momentum takes the average of the workers."
+    momentum: float = 0.9
+    "How much of the outer step before is kept."
+    nesterov: bool = True
+    "Look one outer step of momentum ahead."
+    fragments: int = 1
+    "Parts of the model that are exchanged in turn, each once in `every` steps (arXiv:2501.18512)."
+    delta: Literal["float32", "bfloat16", "int8"] = "float32"
+    "What a change crosses the axis as; int8 has one scale per tensor."
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A training run. The same value gives the same numbers on every mesh.
 
@@ -49,6 +71,8 @@ class Run:
     "What the backward pass computes again: nothing, everything, or all but the products with weights."
     clip: float = 1.0
     "Largest global norm of the gradient; 0 switches clipping off."
+    local: DiLoCo = DiLoCo(every=0)
+    "Local SGD over axis data; off by default."
     seed: int = 0
     "Seeds the weights and the order of the data."
     eval_every: int = 0
@@ -177,6 +201,8 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     if "" in run.prompts:
         raise Refused("prompts holds an empty text: give each prompt some text, or none with --prompts alone.")
     _check_batch(run, axes, accumulate)
+    if run.local.every:
+        _check_local(run)
     if hasattr(run.model, "sizes"):
         _check_model(run, axes)
 
@@ -229,3 +255,7 @@ def _check_model(run: Run, axes: Axes) -> None:
             f"model.heads is {letters['H']}, which model.kv_heads {letters['G']} does not divide: "
             f"choose a multiple of {letters['G']}, or other kv_heads."
         )
+
+
+def _check_local(run: Run) -> None:
+    pass
