@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from llmjax import layout as layouts
 from llmjax.errors import DATA, Refused
@@ -201,8 +201,10 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     if "" in run.prompts:
         raise Refused("prompts holds an empty text: give each prompt some text, or none with --prompts alone.")
     _check_batch(run, axes, accumulate)
+    if not run.local.every >= 0:
+        raise Refused(f"local.every is {run.local.every}: give the steps between two exchanges, or 0 for none.")
     if run.local.every:
-        _check_local(run)
+        _check_local(run, axes)
     if hasattr(run.model, "sizes"):
         _check_model(run, axes)
 
@@ -225,6 +227,28 @@ def _check_batch(run: Run, axes: Axes, accumulate: int) -> None:
         raise Refused(
             f"batch is {run.batch}, which {shown}{f' = {ways}' if len(factors) > 1 else ''} does not divide: "
             f"use batch {max(1, round(run.batch / ways)) * ways}, or other axes or accumulation."
+        )
+
+
+def _check_local(run: Run, axes: Axes) -> None:
+    local, layers = run.local, getattr(run.model, "layers", 1)
+    most = min(local.every, layers)
+    if not 0 < local.lr < math.inf:
+        raise Refused(f"local.lr is {local.lr}: give a positive number.")
+    if not 0 <= local.momentum < 1:
+        raise Refused(f"local.momentum is {local.momentum}: give at least 0 and less than 1.")
+    if local.delta not in (deltas := get_args(get_type_hints(DiLoCo)["delta"])):
+        raise Refused(f"local.delta is {local.delta!r}: give one of {', '.join(deltas)}.")
+    if not 1 <= local.fragments <= most:
+        raise Refused(
+            f"local.fragments is {local.fragments}: give 1 to {most}, as there are {layers} layers to part and "
+            f"{local.every} steps to take turns in."
+        )
+    over = [axis for axis in layouts.axes_of(run.layout.params.get("L")) if getattr(axes, axis) > 1]
+    if local.fragments > 1 and over:
+        raise Refused(
+            f"local.fragments is {local.fragments}, but the layers are cut over '{over[0]}': set --local.fragments 1, "
+            f"or --axes.{over[0]} 1."
         )
 
 
@@ -255,7 +279,3 @@ def _check_model(run: Run, axes: Axes) -> None:
             f"model.heads is {letters['H']}, which model.kv_heads {letters['G']} does not divide: "
             f"choose a multiple of {letters['G']}, or other kv_heads."
         )
-
-
-def _check_local(run: Run) -> None:
-    pass

@@ -23,6 +23,7 @@ import optax
 from flax import nnx
 from jax import P
 
+from llmjax.mesh import manual
 from llmjax.models import nn
 from llmjax.run import DiLoCo
 from llmjax.train import step as steps
@@ -86,13 +87,7 @@ def inner_step(
         return state.step, *jax.tree.map(lambda x: x[None], (state.model, state.opt, metrics))
 
     own = P(WORKERS)
-    each = jax.shard_map(
-        worker,
-        in_specs=(P(), own, own, P(None, WORKERS)),
-        out_specs=(P(), own, own, own),
-        axis_names={WORKERS},
-        check_vma=False,  # the step knows nothing of workers: what it makes anew, such as zeros, is not marked as theirs
-    )
+    each = manual(worker, WORKERS, in_specs=(P(), own, own, P(None, WORKERS)), out_specs=(P(), own, own, own))
     step, models, opts, metrics = each(state.step, state.opt.models, state.opt.opts, batch)
     return steps.State(step, state.model, Outer(state.opt.momentum, models, opts)), metrics
 
@@ -124,7 +119,7 @@ def exchange(state: steps.State, part: Fragment, how: DiLoCo) -> steps.State:
 
 
 def outer_step(model, momentum, models, rows: slice | EllipsisType, how: DiLoCo) -> tuple[jax.Array, ...]:
-    """The three after an outer step on these rows of one parameter, on the device of one worker: `models` is [1, ...]."""
+    """The three after an outer step on these rows of one parameter, on a device, whose `models` is [1, ...]."""
     own = models[0]
     change = average(model[rows] - own[rows], how.delta)
     kept = change + how.momentum * momentum[rows]
@@ -159,7 +154,7 @@ def average(change: jax.Array, wire: str) -> jax.Array:
 
 
 def due(how: DiLoCo) -> list[int]:
-    """For each fragment, the number of steps done, modulo H, after which it is exchanged: evenly spread, ending at H."""
+    """After how many steps of every H each fragment is exchanged: evenly spread, the last one after all of them, 0."""
     return [(i + 1) * how.every // how.fragments % how.every for i in range(how.fragments)]
 
 
