@@ -163,8 +163,8 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
     workers, data = facts.get("mesh", {}).get("data"), program.mesh.shape["data"]
     if program.run.local.every and workers not in (None, data):
         raise Refused(
-            f"axes.data is {data}, but checkpoint {step} of {program.run.folder()} holds {workers} workers of local SGD: "
-            f"continue with --axes.data {workers} (other axes may change), or start afresh with another --name."
+            f"axes.data is {data}, but checkpoint {step} of {program.run.folder()} has {workers} workers of local SGD: "
+            f"continue with --axes.data {workers}, or start afresh with another --name."
         )
     state = ledger.checkpoints.restore(step, like(program.abstract_state(), program.mesh))
     if ledger.records:

@@ -137,20 +137,25 @@ def average(change: jax.Array, wire: str) -> jax.Array:
     """
     if wire == "float32":
         return jax.lax.pmean(change, WORKERS)
-    workers, shape, size = jax.lax.axis_size(WORKERS), change.shape, change.size
-    unit = 1.0
     if wire == "int8":
         unit = jax.lax.pmax(jnp.max(jnp.abs(change)), jax.sharding.get_abstract_mesh().axis_names) / 127
         unit = jnp.where(unit == 0, 1.0, unit)
 
     def packed(x):
-        return jnp.round(x / unit).astype(jnp.int8) if wire == "int8" else x.astype(jnp.bfloat16)
+        if wire == "int8":
+            return jnp.round(x / unit).astype(jnp.int8)
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)  # CPUs would send it as float32
 
+    def unpacked(x):
+        if wire == "int8":
+            return x.astype(jnp.float32) * unit
+        return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
+
+    workers, size = jax.lax.axis_size(WORKERS), change.size
     parts = jnp.pad(jnp.ravel(change), (0, -size % workers)).reshape(workers, -1)
-    mine = jax.lax.all_to_all(packed(parts), WORKERS, 0, 0)
-    mean = jnp.mean(mine.astype(jnp.float32), 0) * unit
-    whole = jax.lax.all_gather(packed(mean), WORKERS, tiled=True)
-    return (whole.astype(jnp.float32) * unit)[:size].reshape(shape)
+    mine = unpacked(jax.lax.all_to_all(packed(parts), WORKERS, 0, 0))
+    mean = jax.lax.all_gather(packed(jnp.mean(mine, 0)), WORKERS, tiled=True)
+    return unpacked(mean)[:size].reshape(change.shape)
 
 
 def due(how: DiLoCo) -> list[int]:
@@ -177,10 +182,9 @@ def fragments(model: nnx.Module, count: int) -> list[Fragment]:
 
 def mean(metrics: Mapping[str, jax.Array], name: str) -> float:
     """A metric of a step. Of one number per worker: their mean, by targets, over the workers of this process."""
-    value, weight = metrics[name], metrics["weight"]
-    if value.ndim == 0:
-        return float(value)
-    values, weights = (np.concatenate([x.data for x in _one_of_each(y)]) for y in (value, weight))
+    if metrics[name].ndim == 0:
+        return float(metrics[name])
+    values, weights = (np.concatenate([x.data for x in _one_of_each(metrics[m])]) for m in (name, "weight"))
     return float(np.sum(values * weights) / max(np.sum(weights), 1))
 
 
