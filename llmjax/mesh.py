@@ -6,12 +6,10 @@ same program runs on one device.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import numpy as np
-from jax import P
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -167,32 +165,3 @@ def chip_of(cluster: Cluster, devices: list[jax.Device]) -> Chip:
         if chip.platform == device.platform and chip.named(device.device_kind):
             return chip
     return Chip(name=device.device_kind, platform=device.platform)
-
-
-def manual(call: Callable, axis: str, in_specs: Any, out_specs: Any) -> Callable:
-    """`jax.shard_map` of `call` over one axis; what the other axes cut stays cut by them, inside and on the way.
-
-    On a mesh whose axes are all explicit, the shard_map of jax 0.10 over some of them gathers its arguments and its
-    results over all others. It does not where those are auto, so they are, at the border. Not to be differentiated
-    through. The specs name `axis` alone, and may be prefixes of the arguments' and the results' trees.
-    """
-
-    def over(body: Callable) -> Callable:
-        return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, axis_names={axis}, check_vma=False)
-
-    def inside(x) -> P:
-        spec = (part if isinstance(part, tuple) else (part,) for part in jax.typeof(x).sharding.spec)
-        return P(*(tuple(a for a in part if a not in (None, axis)) or None for part in spec))
-
-    def mapped(*arguments):
-        mesh = jax.sharding.get_abstract_mesh()
-        others = tuple(
-            a
-            for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if a != axis and kind == AxisType.Explicit
-        )
-        body = jax.sharding.explicit_axes(call, axes=others, in_sharding=jax.tree.map(inside, arguments))
-        results = jax.tree.map(lambda x: x.sharding.spec, jax.eval_shape(over(call), *arguments))
-        return jax.sharding.auto_axes(over(body), axes=others, out_sharding=results)(*arguments)
-
-    return mapped

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import P
 
+from llmjax.layout import manual
 from llmjax.models import nn
 
 
@@ -41,9 +42,7 @@ attend.defvjp(_forward, _backward)
 def _on_ring(call, results: int):
     """`call(axis, ...)` on every device's part of the sequence, the second dim of every array."""
     part = P(None, nn.ring())
-    return jax.shard_map(
-        functools.partial(call, nn.ring()), in_specs=part, out_specs=(part,) * results, axis_names={nn.ring()}
-    )
+    return manual(functools.partial(call, nn.ring()), nn.ring(), in_specs=part, out_specs=(part,) * results)
 
 
 def _forward_on_device(axis, q, k, v, segments):

@@ -23,7 +23,7 @@ import optax
 from flax import nnx
 from jax import P
 
-from llmjax.mesh import manual
+from llmjax.layout import manual
 from llmjax.models import nn
 from llmjax.run import DiLoCo
 from llmjax.train import step as steps
