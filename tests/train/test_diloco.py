@@ -243,26 +243,21 @@ def test_every_step_with_plain_averaging_is_synchronous_training():
     np.testing.assert_allclose(local_losses, losses, rtol=1e-6)
     model = numbers(expected.model)
     for name, x in numbers(found.model).items():
-        np.testing.assert_allclose(x, model[name], rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(x, model[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", ["fsdp_tp_sp", "tp_ring"])
-def test_what_cuts_a_worker_changes_nothing(layout, capfd):
-    cut = layouts.preset(layout)
-    axes = Axes(2, 1, 1, 1, 2, 2) if cut.inner.get("S") else TINY.axes
-    run = dataclasses.replace(EVERY_4, layout=cut, axes=axes)
+@pytest.mark.parametrize(("layout", "axes"), [("fsdp_tp_sp", TINY.axes), ("tp_ring", Axes(2, 1, 1, 1, 2, 2))])
+def test_what_cuts_a_worker_changes_nothing_and_nothing_is_gathered_at_a_border(layout, axes, capfd):
+    """A border is that of a worker, or of a ring inside: there an array whose dims other axes cut stays cut."""
+    run = dataclasses.replace(EVERY_4, layout=layouts.preset(layout), axes=axes)
     alone = dataclasses.replace(EVERY_4, layout=layouts.dp, axes=TWO)
     _, losses = train(alone, start(alone), 0, 10)
     _, cut_losses = train(run, start(run), 0, 10)
     np.testing.assert_allclose(cut_losses, losses, rtol=1e-5)
     assert "rematerialization" not in capfd.readouterr().err
-
-
-def test_nothing_is_gathered_at_the_border_of_a_worker():
-    hlo = compiled(EVERY_4).as_text()
-    gathers = [line for line in hlo.splitlines() if re.search(r" all-gather\(", line)]
-    assert gathers
-    assert not [line for line in gathers if re.search(r'op_name="jit\(train_step\)/(shard_map|cond)"', line)]
+    collectives = [line for line in compiled(run).as_text().splitlines() if re.search(rf" ({KINDS})\(", line)]
+    assert collectives
+    assert not [line for line in collectives if re.search(r'op_name="[^"]*shard_map"', line)]
 
 
 def test_a_run_stopped_between_exchanges_continues_bit_for_bit_and_on_other_devices_of_a_worker(tmp_path):
