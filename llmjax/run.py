@@ -6,12 +6,34 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from llmjax import layout as layouts
 from llmjax.errors import DATA, Refused
 from llmjax.layout import Layout
 from llmjax.mesh import Axes, Cluster
+
+
+@dataclasses.dataclass(frozen=True)
+class DiLoCo:
+    """Local SGD over the mesh axis `data`: each of its coordinates trains a model of its own (arXiv:2311.08105).
+
+    Every so many steps the workers average what they changed, and an outer step of SGD with that average moves all of
+    them. In between nothing crosses the axis. The number of workers decides the numbers, as `every` does.
+    """
+
+    every: int = 30
+    "Steps between two exchanges, H; 0: synchronous training. The last step of a run ends with one as well."
+    lr: float = 0.7
+    "Learning rate of the outer step; 1 without momentum takes the average of the workers."
+    momentum: float = 0.9
+    "How much of the outer step before is kept."
+    nesterov: bool = True
+    "Look one outer step of momentum ahead."
+    fragments: int = 1
+    "Parts of the model that are exchanged in turn, each once in `every` steps (arXiv:2501.18512)."
+    delta: Literal["float32", "bfloat16", "int8"] = "float32"
+    "What a change crosses the axis as; int8 has one scale per tensor."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +71,8 @@ class Run:
     "What the backward pass computes again: nothing, everything, or all but the products with weights."
     clip: float = 1.0
     "Largest global norm of the gradient; 0 switches clipping off."
+    local: DiLoCo = DiLoCo(every=0)
+    "Local SGD over axis data; off by default."
     seed: int = 0
     "Seeds the weights and the order of the data."
     eval_every: int = 0
@@ -177,6 +201,10 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     if "" in run.prompts:
         raise Refused("prompts holds an empty text: give each prompt some text, or none with --prompts alone.")
     _check_batch(run, axes, accumulate)
+    if not run.local.every >= 0:
+        raise Refused(f"local.every is {run.local.every}: give the steps between two exchanges, or 0 for none.")
+    if run.local.every:
+        _check_local(run, axes)
     if hasattr(run.model, "sizes"):
         _check_model(run, axes)
 
@@ -199,6 +227,28 @@ def _check_batch(run: Run, axes: Axes, accumulate: int) -> None:
         raise Refused(
             f"batch is {run.batch}, which {shown}{f' = {ways}' if len(factors) > 1 else ''} does not divide: "
             f"use batch {max(1, round(run.batch / ways)) * ways}, or other axes or accumulation."
+        )
+
+
+def _check_local(run: Run, axes: Axes) -> None:
+    local, layers = run.local, getattr(run.model, "layers", 1)
+    most = min(local.every, layers)
+    if not 0 < local.lr < math.inf:
+        raise Refused(f"local.lr is {local.lr}: give a positive number.")
+    if not 0 <= local.momentum < 1:
+        raise Refused(f"local.momentum is {local.momentum}: give at least 0 and less than 1.")
+    if local.delta not in (deltas := get_args(get_type_hints(DiLoCo)["delta"])):
+        raise Refused(f"local.delta is {local.delta!r}: give one of {', '.join(deltas)}.")
+    if not 1 <= local.fragments <= most:
+        raise Refused(
+            f"local.fragments is {local.fragments}: give 1 to {most}, as there are {layers} layers to part and "
+            f"{local.every} steps to take turns in."
+        )
+    over = [axis for axis in layouts.axes_of(run.layout.params.get("L")) if getattr(axes, axis) > 1]
+    if local.fragments > 1 and over:
+        raise Refused(
+            f"local.fragments is {local.fragments}, but the layers are cut over '{over[0]}': set --local.fragments 1, "
+            f"or --axes.{over[0]} 1."
         )
 
 

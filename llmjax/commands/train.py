@@ -160,6 +160,12 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
             f"tokenizer changed): bring the old data back, or start afresh with another --name.",
             DATA,
         )
+    workers, data = facts.get("mesh", {}).get("data"), program.mesh.shape["data"]
+    if program.run.local.every and workers not in (None, data):
+        raise Refused(
+            f"axes.data is {data}, but checkpoint {step} of {program.run.folder()} has {workers} workers of local SGD: "
+            f"continue with --axes.data {workers}, or start afresh with another --name."
+        )
     state = ledger.checkpoints.restore(step, like(program.abstract_state(), program.mesh))
     if ledger.records:
         ledger.records.rewind(step, program.run.steps)
@@ -186,6 +192,7 @@ def header(program: Program, state: State, dataset, start: int, display: Display
             "devices": f"{program.mesh.size} x {jax.devices()[0].device_kind}{here}",
             "mesh": f"{run.mesh.name}: {axes}; layout {run.layout.name}",
             "compute": f"{program.compute.operands} products, accumulation {program.accumulate}, remat {run.remat}",
+            **({"local": local(run, program.mesh.shape["data"])} if run.local.every else {}),
             "memory": f"per device: parameters {memory(bytes_per_device(state.model, program.mesh))}, "
             f"optimizer {memory(bytes_per_device(state.opt, program.mesh))}",
             "folder": str(run.folder()),
@@ -193,6 +200,13 @@ def header(program: Program, state: State, dataset, start: int, display: Display
     )
     if jax.process_count() > 1:
         print(system.describe(program.batch_sharding(), run.batch), flush=True)
+
+
+def local(run: Run, workers: int) -> str:
+    """What local SGD does, in words."""
+    how = run.local
+    parts = f" in {how.fragments} fragments" if how.fragments > 1 else ""
+    return f"{workers} workers, {how.delta} changes{parts} every {how.every} steps, outer lr {how.lr:g}"
 
 
 def samples(program: Program, state: State, dataset, folder: Path, display: Display, first: bool) -> None:

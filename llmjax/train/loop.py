@@ -19,6 +19,7 @@ from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.data.batches import order, place, prefetch
 from llmjax.errors import NON_FINITE, Refused
 from llmjax.optim import schedules
+from llmjax.train import diloco
 from llmjax.train.display import Display
 from llmjax.train.program import Program
 from llmjax.train.records import Records
@@ -104,7 +105,7 @@ class Reporter:
 
     def __call__(self, pending: Pending) -> None:
         run, step = self.program.run, pending.step
-        loss, grad_norm = float(pending.metrics["loss"]), float(pending.metrics["grad_norm"])
+        loss, grad_norm = (diloco.mean(pending.metrics, name) for name in ("loss", "grad_norm"))
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         if step > self.start:  # the first step compiles

@@ -18,6 +18,7 @@ from llmjax.layout import axes_of
 from llmjax.mesh import Axes, Chip
 from llmjax.models import nn
 from llmjax.run import Run, check
+from llmjax.train import diloco
 from llmjax.train import step as steps
 
 UNROLLED = 12  # layers per turn of the loop on a CPU, where a turn copies weights and activations
@@ -88,14 +89,19 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         unroll=min(getattr(run.model, "layers", 1), UNROLLED) if on_cpu else 1,
     )
     tx = transformation(run)
+    init = functools.partial(steps.init, run.model.init, tx)
+    step = functools.partial(steps.train_step, loss=run.loss, tx=tx)
+    if run.local.every:
+        init = functools.partial(diloco.init, run.model.init, tx)
+        step = functools.partial(diloco.train_step, loss=run.loss, tx=tx, how=run.local, last=run.steps)
     flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None
     return Program(
         run=run,
         mesh=mesh,
         compute=compute,
         accumulate=accumulate,
-        init=jax.jit(functools.partial(steps.init, run.model.init, tx), compiler_options=ONCE if on_cpu else None),
-        step=jax.jit(functools.partial(steps.train_step, loss=run.loss, tx=tx), donate_argnums=0),
+        init=jax.jit(init, compiler_options=ONCE if on_cpu else None),
+        step=jax.jit(step, donate_argnums=0),
         evaluate=jax.jit(functools.partial(steps.eval_step, loss=getattr(run.loss, "held_out", run.loss))),
         flops_per_token=flops,
         peak=chip.flops and flops and chip.flops * mesh.size,
