@@ -98,7 +98,7 @@ def _project_backward(subscripts, saved, cotangents):
         used = _gather(weight, dims)
         part, over = _unreduced(f"{out},{dims}->{x_dims}", cotangent, used, x.dtype, x)
         into_x[over] = into_x[over] + part if over in into_x else part
-        part, over = _unreduced(f"{x_dims},{out}->{dims}", x, cotangent, weight.dtype, used)
+        part, over = _unreduced(f"{x_dims},{out}->{dims}", x, cotangent, weight.dtype, used if _opens() else weight)
         into_weights.append(_sum_to(part, over, weight))
     return sum(jax.reshard(part, jax.typeof(x).sharding) for part in into_x.values()), tuple(into_weights)
 
@@ -110,8 +110,13 @@ def _unreduced(subscripts, a, b, dtype, like) -> tuple[jax.Array, frozenset[str]
     """The product cut as `like` is, with the sum over devices left open, and the axes it is left open over."""
     a_dims, _, out = _dims(subscripts)
     cuts = zip(a_dims, jax.typeof(a).sharding.spec, strict=True)
-    over = frozenset(axis for d, cut in cuts if d not in out for axis in layouts.axes_of(cut))
+    over = frozenset(axis for d, cut in cuts if d not in out for axis in layouts.axes_of(cut) if _opens())
     return _einsum(subscripts, a, b, dtype, P(*jax.typeof(like).sharding.spec.partitions, unreduced=over)), over
+
+
+def _opens() -> bool:
+    """Whether sums may be left open: jax 0.10 cannot where some axes, and not all, are manual."""
+    return jax.sharding.get_abstract_mesh().are_all_axes_explicit
 
 
 def _sum_to(part: jax.Array, over: frozenset[str], weight: jax.Array) -> jax.Array:
@@ -158,6 +163,8 @@ def open_sums(model: nnx.Module) -> nnx.Module:
     then held by one device. Weights may only be used through the functions of this module: `jnp` refuses to combine
     them with what is cut over such an axis.
     """
+    if not _opens():
+        return model
     sizes = jax.sharding.get_abstract_mesh().shape
     tokens = (axis for d in "BT" for axis in layouts.axes_of(how().layout.inner.get(d)))
     tokens = frozenset(axis for axis in tokens if sizes[axis] > 1)
