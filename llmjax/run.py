@@ -185,8 +185,8 @@ _LEAST = dict(
     steps=1, batch=1, sequence=1, accumulate=0, clip=0, seed=0, eval_every=0, eval_rows=1, save_every=0, keep=1
 )
 _WORDS = dict(
-    D="model.width", H="model.heads", G="model.kv_heads", K="model.head_dim", F="model.ff", V="model.vocab",
-    P="model.positions", T="sequence",
+    D="model.width", E="model.experts", H="model.heads", G="model.kv_heads", K="model.head_dim", F="model.ff",
+    V="model.vocab", P="model.positions", T="sequence",
 )  # fmt: skip
 
 

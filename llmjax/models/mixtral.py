@@ -34,7 +34,9 @@ class Mixtral(Llama):
         if self.experts < 1:
             raise Refused(f"model.experts is {self.experts}: give at least 1.")
         if not 1 <= self.top_k <= self.experts:
-            raise Refused(f"model.top_k is {self.top_k}, and there are {self.experts} experts: give 1 to {self.experts}.")
+            raise Refused(
+                f"model.top_k is {self.top_k}, and there are {self.experts} experts: give 1 to {self.experts}."
+            )
         if self.shared < 0:
             raise Refused(f"model.shared is {self.shared}: give the number of shared experts, or 0 for none.")
         if not self.capacity >= 0:

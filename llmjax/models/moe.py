@@ -7,7 +7,6 @@ Everything counted is a sum over tokens or over sequences, and what a token gets
 neither mesh nor microbatches change a number.
 """
 
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -140,56 +139,74 @@ def experts(
     device sends each way: E·C·D·(n-1)/n per sequence with slots; else SLACK·I·J·D·(n-1)/n per round, in one round
     where load is nearly even and n/SLACK at worst.
     """
-    way = _way()
-    (B, T), at_rest = nn.how().layout.gathered("BT"), nn.how().layout.at_rest
-    call = functools.partial(_on_device, way, choice.score_BTE.shape[-1], slots)
-    y_BTD = jax.shard_map(
-        call,
-        in_specs=(P(B, T), P(B, T), P(B, T), P(B, T), at_rest("EDF"), at_rest("EDF"), at_rest("EFD")),
-        out_specs=P(B, axes_of(T) + way.pieces),
-        axis_names=way.axes(),
-    )(x_BTD, choice.chosen_BTJ, choice.share_BTJ, keep_BTJ, *(weight[...] for weight in weights))
+    call = functools.partial(_over_mesh, _way(), choice.score_BTE.shape[-1], slots)
+    # Inside another manual region, such as a stage's, JAX cannot pass what a nested one saves to the backward pass: it
+    # asks for the outer axis as well. There the backward pass computes the region again.
+    call = _computed_twice(call) if jax.sharding.get_abstract_mesh().manual_axes else call
+    y_BTD = call((choice.chosen_BTJ, keep_BTJ), (x_BTD, choice.share_BTJ, *(weight[...] for weight in weights)))
     return jax.reshard(y_BTD, nn.how().layout.activation("BTD"))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Way:
-    """The mesh axes that tokens and weights meet on their way to each other."""
+def _over_mesh(way, experts, slots, where, values, backwards=None):
+    """Runs `_on_device`, or, where `backwards` is the cotangent of its result, its vector-Jacobian product."""
+    (B, T), at_rest = nn.how().layout.gathered("BT"), nn.how().layout.at_rest
+    token, result = P(B, T), P(B, axes_of(T) + way.pieces)
+    places = (token, token, at_rest("EDF"), at_rest("EDF"), at_rest("EFD"))
+    call = functools.partial(_on_device, way, experts, slots)
+    region = functools.partial(jax.shard_map, axis_names=set(way.axes()))
+    if backwards is None:
+        return region(call, in_specs=(token, places), out_specs=result)(where, values)
 
-    rest: dict[str, tuple[str, ...]]  # cut a weight's dim where it is stored
+    def back(where, values, cotangent):
+        return jax.vjp(functools.partial(call, where), values)[1](cotangent)[0]
+
+    return region(back, in_specs=(token, places, result), out_specs=places)(where, values, backwards)
+
+
+def _computed_twice(call):
+    twice = jax.custom_vjp(call)
+    twice.defvjp(lambda *inputs: (call(*inputs), inputs), lambda inputs, cotangent: (None, call(*inputs, cotangent)))
+    return twice
+
+
+class _Way(NamedTuple):
+    """The mesh axes over which tokens and weights meet."""
+
     tokens: tuple[str, ...]  # cut B or T
-    experts: tuple[str, ...]  # of those, cut E for good: tokens travel over them
-    hidden: tuple[str, ...]  # cut F for good: the result is a sum over them
+    experts: tuple[str, ...]  # of those, cut E in use: tokens travel over them
+    hidden: tuple[str, ...]  # cut F in use: the result is a sum over them
     pieces: tuple[str, ...]  # of those, cut T between blocks
+    gathered: tuple[tuple[str, ...], ...]  # cut E, D and F only where weights are stored
 
-    def __hash__(self):
-        return hash(repr(self))
+    def axes(self) -> tuple[str, ...]:
+        return tuple(sorted({*self.tokens, *self.hidden, *(axis for axes in self.gathered for axis in axes)}))
 
-    def axes(self) -> set[str]:
-        return {*self.tokens, *self.hidden, *(axis for axes in self.rest.values() for axis in axes)}
-
-    def gathered(self, d: str) -> tuple[str, ...]:
-        """The axes over which a dim of a weight is gathered for use."""
-        return tuple(axis for axis in self.rest[d] if axis not in self.experts + self.hidden)
+    def gather(self, dims: str) -> list[tuple[int, tuple[str, ...]]]:
+        """(dim, axes) for all that a weight with these dims is gathered over."""
+        over = dict(zip("EDF", self.gathered, strict=True))
+        return [(dim, over[d]) for dim, d in enumerate(dims) if over[d]]
 
 
 def _way() -> _Way:
     layout = nn.how().layout
-    rest = {d: axes_of(layout.params.get(d)) for d in "EDF"}
     tokens = tuple(axis for d in "BT" for axis in axes_of(layout.inner.get(d)))
-    hidden = axes_of(layout.in_use("F")[0])
+    hidden, experts = axes_of(layout.in_use("F")[0]), axes_of(layout.params.get("E"))
+    if experts != axes_of(layout.inner.get("E")) or not set(experts) <= set(tokens):
+        experts = ()
     inside, between = (axes_of(placement.get("T")) for placement in (layout.inner, layout.stream))
     pieces = between[len(inside) :] if between[: len(inside)] == inside else ()
+    stored = (axes_of(layout.params.get(d)) for d in "EDF")
     return _Way(
-        rest=rest,
         tokens=tokens,
-        experts=rest["E"] if rest["E"] == axes_of(layout.inner.get("E")) and set(rest["E"]) <= set(tokens) else (),
+        experts=experts,
         hidden=hidden,
         pieces=pieces if set(pieces) <= set(hidden) else (),
+        gathered=tuple(tuple(axis for axis in axes if axis not in experts + hidden) for axes in stored),
     )
 
 
-def _on_device(way, experts, slots, x_BTD, chosen_BTJ, share_BTJ, keep_BTJ, gate_EDF, up_EDF, down_EFD):
+def _on_device(way, experts, slots, where, values):
+    (chosen_BTJ, keep_BTJ), (x_BTD, share_BTJ, gate_EDF, up_EDF, down_EFD) = where, values
     x_BTD, share_BTJ = jax.lax.pcast((x_BTD, share_BTJ), way.hidden, to="varying")
 
     def mlp(x, sizes_E):
@@ -262,7 +279,7 @@ def _in_rounds(way, mlp, experts, x_ID, chosen_IJ, share_IJ):
     order = jnp.argsort(chosen_IJ.reshape(-1))
     expert = chosen_IJ.reshape(-1)[order]
     ends = jnp.searchsorted(expert, here * jnp.arange(ways + 1))  # of what goes to one device
-    needed = jax.lax.pmax(jnp.max(-(-jnp.diff(ends) // M)), tuple(way.axes()))
+    needed = jax.lax.pmax(jnp.max(-(-jnp.diff(ends) // M)), way.axes())
 
     def turn(number):
         place = ends[:-1, None] + number * M + jnp.arange(M)[None]
@@ -276,7 +293,7 @@ def _in_rounds(way, mlp, experts, x_ID, chosen_IJ, share_IJ):
         o = jnp.where(full[..., None], o.astype(jnp.float32), 0) * share[..., None]
         return jnp.zeros(x_ID.shape, jnp.float32).at[token].add(o)
 
-    zero_ID = jax.lax.pcast(jnp.zeros(x_ID.shape, jnp.float32), tuple(way.axes()), to="varying")
+    zero_ID = jnp.zeros_like(x_ID, jnp.float32)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(y_ID, number):
@@ -329,17 +346,16 @@ def _multiply(x, weight, sizes_E, dtype):
 
 def _gather(way, dims, weight):
     weight = weight.astype(nn.how().operands)
-    for dim, d in enumerate(dims):
-        if way.gathered(d):
-            weight = jax.lax.all_gather(weight, way.gathered(d), axis=dim, tiled=True)
+    for dim, axes in way.gather(dims):
+        weight = jax.lax.all_gather(weight, axes, axis=dim, tiled=True)
     return weight
 
 
 def _scatter(way, dims, gradient):
     """The sum over all devices that share a weight, each piece where it is stored."""
-    left = [axis for axis in way.tokens if axis not in way.experts]
-    for dim, d in enumerate(dims):
-        if way.gathered(d):
-            gradient = jax.lax.psum_scatter(gradient, way.gathered(d), scatter_dimension=dim, tiled=True)
-            left = [axis for axis in left if axis not in way.gathered(d)]
-    return jax.lax.psum(gradient, tuple(left)) if left else gradient
+    scattered = way.experts
+    for dim, axes in way.gather(dims):
+        gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
+        scattered += axes
+    left = tuple(axis for axis in way.tokens if axis not in scattered)
+    return jax.lax.psum(gradient, left) if left else gradient
