@@ -177,6 +177,11 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     if "" in run.prompts:
         raise Refused("prompts holds an empty text: give each prompt some text, or none with --prompts alone.")
     _check_batch(run, axes, accumulate)
+    if hasattr(run.loss, "of_layers") and not hasattr(run.model, "experts"):
+        raise Refused(
+            f"loss is {type(run.loss).__name__}, but {type(run.model).__name__} has no experts to keep even: "
+            f"use NextToken, or a model with experts such as Mixtral."
+        )
     if hasattr(run.model, "sizes"):
         _check_model(run, axes)
 

@@ -1,4 +1,7 @@
-"""Mixtral: Llama whose feed-forward is a mixture of experts (arXiv:2401.04088), or one as DeepSeek-V3 has (2412.19437)."""
+"""Mixtral: Llama with a mixture of experts for its feed-forward (arXiv:2401.04088).
+
+With `router="sigmoid"` and shared experts the mixture is DeepSeek-V3's (arXiv:2412.19437, section 2.1.2).
+"""
 
 import dataclasses
 from typing import Literal

@@ -115,10 +115,10 @@ def balance(score_BTE: jax.Array, load_BTE: jax.Array) -> jax.Array:
     f_e is the share of a sequence's tokens that chose e, P_e the mean score of e. It is 1 per token where all experts
     are chosen equally often, and more where those that are favoured are chosen more often.
     """
-    T, E = score_BTE.shape[1:]
+    experts = score_BTE.shape[-1]
     total_BE, favour_BE = jnp.sum(load_BTE, 1), jnp.sum(score_BTE, 1)
     chosen_B1 = jnp.sum(total_BE, -1, keepdims=True)  # k T
-    return E * jnp.sum(total_BE / chosen_B1 * favour_BE)
+    return experts * jnp.sum(total_BE / chosen_B1 * favour_BE)
 
 
 @jax.named_scope("experts")
@@ -273,9 +273,9 @@ def _in_rounds(way, mlp, experts, x_ID, chosen_IJ, share_IJ):
 
     The backward pass sends the tokens again, so nothing is kept of a round.
     """
-    (I, J), ways, here = chosen_IJ.shape, _size(way.experts), experts // _size(way.experts)
-    M = math.ceil(SLACK * I * J / ways)
-    at_worst = math.ceil(I * min(J, here) / M)
+    (tokens, J), ways, here = chosen_IJ.shape, _size(way.experts), experts // _size(way.experts)
+    M = math.ceil(SLACK * tokens * J / ways)
+    at_worst = math.ceil(tokens * min(J, here) / M)
     order = jnp.argsort(chosen_IJ.reshape(-1))
     expert = chosen_IJ.reshape(-1)[order]
     ends = jnp.searchsorted(expert, here * jnp.arange(ways + 1))  # of what goes to one device
@@ -283,7 +283,7 @@ def _in_rounds(way, mlp, experts, x_ID, chosen_IJ, share_IJ):
 
     def turn(number):
         place = ends[:-1, None] + number * M + jnp.arange(M)[None]
-        full, place = place < ends[1:, None], jnp.minimum(place, I * J - 1)
+        full, place = place < ends[1:, None], jnp.minimum(place, tokens * J - 1)
         token, share = order[place] // J, share_IJ.reshape(-1)[order[place]]
         rows = jnp.where(full[..., None], x_ID[token], 0)
         which = jnp.where(full, expert[place] % here, here)

@@ -63,7 +63,7 @@ class RoutedNextToken:
         load_LE = np.asarray(sums["load_LE"], np.float64)
         per_token = 1 / (tokens * len(load_LE))
         return dict(
-            dropped=float(sums["dropped"] / load_LE.sum()),
+            dropped=float(sums["dropped"]) / load_LE.sum(),
             load_max=float((load_LE / load_LE.mean(1, keepdims=True)).max()),
             balance=float(sums["balance"]) * per_token,
             router_z=float(sums["router_z"]) * per_token,
