@@ -205,6 +205,11 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
         raise Refused(f"local.every is {run.local.every}: give the steps between two exchanges, or 0 for none.")
     if run.local.every:
         _check_local(run, axes)
+    if hasattr(run.loss, "of_layers") and not hasattr(run.model, "experts"):
+        raise Refused(
+            f"loss is {type(run.loss).__name__}, but {type(run.model).__name__} has no experts to keep even: "
+            f"use NextToken, or a model with experts such as Mixtral."
+        )
     if hasattr(run.model, "sizes"):
         _check_model(run, axes)
 
@@ -213,8 +218,8 @@ _LEAST = dict(
     steps=1, batch=1, sequence=1, accumulate=0, clip=0, seed=0, eval_every=0, eval_rows=1, save_every=0, keep=1
 )
 _WORDS = dict(
-    D="model.width", H="model.heads", G="model.kv_heads", K="model.head_dim", F="model.ff", V="model.vocab",
-    P="model.positions", T="sequence",
+    D="model.width", E="model.experts", H="model.heads", G="model.kv_heads", K="model.head_dim", F="model.ff",
+    V="model.vocab", P="model.positions", T="sequence",
 )  # fmt: skip
 
 
@@ -232,6 +237,11 @@ def _check_batch(run: Run, axes: Axes, accumulate: int) -> None:
 
 def _check_local(run: Run, axes: Axes) -> None:
     local, layers = run.local, getattr(run.model, "layers", 1)
+    if hasattr(run.loss, "of_layers"):
+        raise Refused(
+            f"local.every is {local.every}, but {type(run.loss).__name__} counts loads over all workers: "
+            f"use NextToken, or 0 for synchronous training."
+        )
     most = min(local.every, layers)
     if not 0 < local.lr < math.inf:
         raise Refused(f"local.lr is {local.lr}: give a positive number.")

@@ -17,9 +17,11 @@ from llmjax.errors import Refused
 from llmjax.mesh import Axes
 from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
+from llmjax.models.mixtral import Mixtral
 from llmjax.optim.adamw import AdamW
 from llmjax.run import Run, check, differences, from_json, to_json
 from llmjax.train.loss import NextToken
+from llmjax.train.routed import RoutedNextToken
 from meshes import cpu8
 
 EXPERIMENTS = sorted(path.stem for path in Path(experiments.__path__[0]).glob("*.py") if path.stem != "__init__")
@@ -34,6 +36,14 @@ TINY = Run(
     batch=8,
     sequence=16,
     name="tiny",
+)
+
+MIXTURE = dataclasses.replace(
+    TINY,
+    model=Mixtral(vocab=64, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ff=64, positions=16, experts=4),
+    loss=RoutedNextToken(),
+    axes=Axes(data=2, expert=4),
+    layout=layouts.ep,
 )
 
 
@@ -114,6 +124,7 @@ def test_what_may_change_between_two_starts_are_fields_of_a_run():
 def test_a_run_that_fits_is_not_refused():
     for layout in map(layouts.preset, (*layouts.KINDS, "fsdp_tp_sp")):
         checked(changed(TINY, layout=layout, axes=Axes()))
+        checked(changed(MIXTURE, layout=layout, axes=Axes()))
 
 
 @pytest.mark.parametrize(
@@ -157,12 +168,40 @@ def test_a_run_that_fits_is_not_refused():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_run_that_cannot_be_is_refused_in_one_sentence_whose_remedy_works(wrong, words, remedy):
+    refused(TINY, wrong, words, remedy)
+
+
+def refused(run: Run, wrong: dict, words: str, remedy: dict) -> None:
     with pytest.raises(Refused) as refusal:
-        checked(changed(TINY, **wrong))
+        checked(changed(run, **wrong))
     message = str(refusal.value)
     assert words in message and refusal.value.code == 2
     assert re.fullmatch(r"[^\n]+: [^\n]+\.", message) and not re.search(r"\. [A-Z]", message)
-    checked(changed(TINY, **wrong | remedy))
+    checked(changed(run, **wrong | remedy))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words", "remedy"),
+    [
+        (dict(model__experts=6), "model.experts is 6, which axis expert 4 does not divide", dict(model__experts=8)),
+        (dict(model__experts=6), "a smaller expert axis (--axes.expert)", dict(axes=Axes(expert=2))),
+        (dict(model__experts=0), "model.experts is 0: give at least 1", dict(model__experts=4)),
+        (dict(model__top_k=5), "model.top_k is 5, and there are 4 experts: give 1 to 4", dict(model__top_k=4)),
+        (dict(model__top_k=0), "model.top_k is 0, and there are 4 experts: give 1 to 4", dict(model__top_k=1)),
+        (dict(model__shared=-1), "model.shared is -1: give the number", dict(model__shared=0)),
+        (
+            dict(model__capacity=-1.0),
+            "model.capacity is -1.0: give a multiple such as 1.25",
+            dict(model__capacity=1.25),
+        ),
+        (dict(model__capacity=float("nan")), "or 0 to drop no token", dict(model__capacity=0.0)),
+        (dict(batch=6), "batch is 6, which data 2 x expert 4 = 8 does not divide: use batch 8", dict(batch=8)),
+        (dict(model=TINY.model), "but Llama has no experts to keep even: use NextToken", dict(loss=NextToken())),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mixture_that_cannot_be_is_refused_in_one_sentence_whose_remedy_works(wrong, words, remedy):
+    refused(MIXTURE, wrong, words, remedy)
 
 
 def test_a_model_without_letters_is_checked_by_its_batch_alone():

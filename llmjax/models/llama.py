@@ -10,6 +10,8 @@ from llmjax.errors import Refused
 from llmjax.models import nn
 from llmjax.models.attention import RopeScaling, attention, rope_angles, rotate
 
+Sums = dict[str, jax.Array] | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama:
@@ -67,6 +69,8 @@ class Llama:
 
 
 class LlamaBlock(nnx.Module):
+    """Attention, then `mlp`, which other families replace along with the weights that `feed_forward` makes."""
+
     def __init__(self, c: Llama, key: jax.Array):
         keys, sizes = jax.random.split(key, 7), c.sizes()
         into, out = c.width**-0.5, (2 * c.layers) ** -0.5  # residual branches shrink with depth, as GPT-2's
@@ -77,15 +81,20 @@ class LlamaBlock(nnx.Module):
         self.value_DGK = nn.normal(keys[2], "DGK", sizes, into)
         self.out_HKD = nn.normal(keys[3], "HKD", sizes, out * (c.heads * c.head_dim) ** -0.5)
         self.mlp_scale_D = nn.full(1, "D", sizes)
-        self.gate_DF = nn.normal(keys[4], "DF", sizes, into)
-        self.up_DF = nn.normal(keys[5], "DF", sizes, into)
-        self.down_FD = nn.normal(keys[6], "FD", sizes, out * c.ff**-0.5)
+        self.feed_forward(keys[4:], sizes, into, out * c.ff**-0.5)
+
+    def feed_forward(self, keys: jax.Array, sizes: nn.Sizes, into: float, out: float) -> None:
+        self.gate_DF = nn.normal(keys[0], "DF", sizes, into)
+        self.up_DF = nn.normal(keys[1], "DF", sizes, into)
+        self.down_FD = nn.normal(keys[2], "FD", sizes, out)
 
     @jax.named_scope("block")
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, Sums]:
+        """The stream after this block, and what its `mlp` counted."""
         h_BTD = nn.enter(nn.rms_norm(x_BTD, self.attention_scale_D, self.c.epsilon))
         x_BTD = x_BTD + self.attention(h_BTD, segments_BT)
-        return x_BTD + self.mlp(nn.enter(nn.rms_norm(x_BTD, self.mlp_scale_D, self.c.epsilon)))
+        y_BTD, sums = self.mlp(nn.enter(nn.rms_norm(x_BTD, self.mlp_scale_D, self.c.epsilon)))
+        return x_BTD + y_BTD, sums
 
     @jax.named_scope("attention")
     def attention(self, x_BTD, segments_BT):
@@ -97,19 +106,24 @@ class LlamaBlock(nnx.Module):
         return nn.project("BTHK,HKD->BTD", o_BTHK, self.out_HKD)
 
     @jax.named_scope("mlp")
-    def mlp(self, x_BTD):
-        gate_BTF, up_BTF = nn.project_all(("BTD,DF->BTF",) * 2, x_BTD, self.gate_DF, self.up_DF)
-        return nn.project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD)
+    def mlp(self, x_BTD: jax.Array) -> tuple[jax.Array, Sums]:
+        return swiglu(x_BTD, self.gate_DF, self.up_DF, self.down_FD), None
+
+
+def swiglu(x_BTD: jax.Array, gate_DF: nnx.Param, up_DF: nnx.Param, down_FD: nnx.Param) -> jax.Array:
+    """(silu(x gate) · x up) down, [B, T, D] (arXiv:2002.05202)."""
+    gate_BTF, up_BTF = nn.project_all(("BTD,DF->BTF",) * 2, x_BTD, gate_DF, up_DF)
+    return nn.project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, down_FD)
 
 
 class LlamaModel(nnx.Module):
-    """`tokens_BT -> logits_BTV`; see `nn.Decoder`."""
+    """`tokens_BT -> logits_BTV`; see `nn.Decoder`. Its blocks are `block(c, key)`."""
 
-    def __init__(self, c: Llama, key: jax.Array):
+    def __init__(self, c: Llama, key: jax.Array, block: type[LlamaBlock] = LlamaBlock):
         keys, sizes = jax.random.split(key, 3), c.sizes()
         self.c = c
         self.embed_VD = nn.normal(keys[0], "VD", sizes, c.width**-0.5 if c.tied else 1.0)
-        self.blocks = nn.stack(functools.partial(LlamaBlock, c), keys[1], c.layers)
+        self.blocks = nn.stack(functools.partial(block, c), keys[1], c.layers)
         self.final_scale_D = nn.full(1, "D", sizes)
         if not c.tied:
             self.head_DV = nn.normal(keys[2], "DV", sizes, c.width**-0.5)
@@ -117,8 +131,8 @@ class LlamaModel(nnx.Module):
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         return nn.embed(tokens_BT, self.embed_VD)
 
-    def layer(self, block: LlamaBlock, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, None]:
-        return block(x_BTD, segments_BT), None
+    def layer(self, block: LlamaBlock, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, Sums]:
+        return block(x_BTD, segments_BT)
 
     def head(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = nn.enter(nn.rms_norm(x_BTD, self.final_scale_D, self.c.epsilon))

@@ -111,9 +111,10 @@ class Reporter:
         if step > self.start:  # the first step compiles
             self.recent = [*self.recent[-49:], seconds]
         rate = self.tokens / seconds
+        facts = getattr(run.loss, "facts", lambda sums, tokens: {})(pending.metrics, self.tokens)
         self.ledger.metrics(
             step=step + 1, loss=loss, grad_norm=grad_norm, lr=float(self.rates[step]), tokens=(step + 1) * self.tokens,
-            tokens_per_s=rate, step_ms=1e3 * seconds, mfu=self.mfu(rate), data_wait_ms=pending.waited_ms,
+            tokens_per_s=rate, step_ms=1e3 * seconds, mfu=self.mfu(rate), data_wait_ms=pending.waited_ms, **facts,
         )  # fmt: skip
         mean = sum(self.recent or [seconds]) / len(self.recent or [seconds])
         self.ledger.display.step(

@@ -61,10 +61,15 @@ def _zeros(call: Callable, model: nnx.Module, batch: Batch):
 def train_step(
     state: State, batch: Batch, *, loss: Loss, tx: optax.GradientTransformation, mean: bool = True
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One optimizer step; metrics are `loss`, `grad_norm` (before clipping) and the loss's sums."""
+    """One optimizer step; metrics are `loss`, `grad_norm` (before clipping) and the loss's sums.
+
+    A loss with a method `rebalance` changes by it what no gradient moves, given the sums of the whole step.
+    """
     total, sums, grads = gradients(state.model, batch, loss, mean=mean)
     updates, opt = tx.update(grads, state.opt, state.model)
     model = optax.apply_updates(state.model, updates)
+    if rebalance := getattr(loss, "rebalance", None):
+        model = rebalance(model, sums)
     return State(state.step + 1, model, opt), dict(loss=total, grad_norm=optax.tree.norm(grads), **sums)
 
 

@@ -14,8 +14,10 @@ from llmjax.models import nn
 from llmjax.models.attention import RopeScaling, attention, rope_angles, rotate
 from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
+from llmjax.models.mixtral import Mixtral
 
 LLAMA3 = dict(vocab=128_256, kv_heads=8, head_dim=128)
+MIXTRAL_8X7B = Mixtral(vocab=32_000, layers=32, width=4096, heads=32, kv_heads=8, head_dim=128, ff=14_336)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -34,6 +36,7 @@ def one_device():
         (Llama(layers=80, width=8192, heads=64, ff=28_672, **LLAMA3), 70_553_706_496),
         (Llama(layers=126, width=16_384, heads=128, ff=53_248, **LLAMA3), 405_853_388_800),
         (Llama(layers=16, width=2048, heads=32, ff=8192, tied=True, **LLAMA3 | {"head_dim": 64}), 1_235_814_400),
+        (MIXTRAL_8X7B, 46_702_792_704),
     ],
 )
 def test_parameter_counts_are_those_published(model, parameters):
@@ -47,6 +50,8 @@ def test_parameter_counts_are_those_published(model, parameters):
         (Llama(layers=32, width=4096, heads=32, ff=14_336, **LLAMA3), 8192, 51.5e9, 57.9e9),
         (Llama(layers=80, width=8192, heads=64, ff=28_672, **LLAMA3), 8192, 449e9, 481e9),
         (Llama(layers=126, width=16_384, heads=128, ff=53_248, **LLAMA3), 8192, 2524e9, 2625e9),
+        # 12.9e9 active parameters of which 0.131e9 embed, and 12 L H K T for attention (arXiv:2401.04088, table 1)
+        (MIXTRAL_8X7B, 4096, 6 * 12.748e9 + 3.22e9, 6 * 12.748e9 + 6.44e9),
     ],
 )
 def test_flops_per_token_are_those_of_published_logs(model, sequence, causal, whole):
@@ -83,6 +88,8 @@ def test_attention_and_its_gradients_equal_the_library_s(G):
     [
         Llama(vocab=64, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, ff=64, positions=16),
         GPT2(vocab=64, layers=2, width=32, heads=2, head_dim=16, ff=64, positions=16),
+        Mixtral(vocab=64, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, ff=32, positions=16, capacity=1.0),
+        Mixtral(vocab=64, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, ff=32, positions=16, router="sigmoid"),
     ],
     ids=lambda c: type(c).__name__,
 )
