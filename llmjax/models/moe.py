@@ -143,7 +143,9 @@ def experts(
     # Inside another manual region, such as a stage's, JAX cannot pass what a nested one saves to the backward pass: it
     # asks for the outer axis as well. There the backward pass computes the region again.
     call = _computed_twice(call) if jax.sharding.get_abstract_mesh().manual_axes else call
-    y_BTD = call((choice.chosen_BTJ, keep_BTJ), (x_BTD, choice.share_BTJ, *(weight[...] for weight in weights)))
+    # A shard_map takes no weight whose gradient is to stay open (nn.open_sums): these are summed by every microbatch.
+    closed = (nn.at_rest(weight, dims) for weight, dims in zip(weights, ("EDF", "EDF", "EFD"), strict=True))
+    y_BTD = call((choice.chosen_BTJ, keep_BTJ), (x_BTD, choice.share_BTJ, *closed))
     return jax.reshard(y_BTD, nn.how().layout.activation("BTD"))
 
 

@@ -62,6 +62,11 @@ def use(weight: nnx.Param, dims: str) -> jax.Array:
     return _gather(weight[...], dims)
 
 
+def at_rest(weight: nnx.Param, dims: str) -> jax.Array:
+    """The weight where it is stored."""
+    return jax.reshard(weight[...], how().layout.at_rest(dims))
+
+
 def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     """`jnp.einsum(subscripts, x, weight)` of an activation and a weight, placed by the letters of the result."""
     return _project((subscripts,), x, (weight[...],))[0]
