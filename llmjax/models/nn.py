@@ -6,7 +6,8 @@ A model file says only the maths. Where each array lives and in which precision 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from llmjax import layout as layouts
-from llmjax.layout import Layout
+from llmjax.layout import Layout, Pipeline
+from llmjax.models import pipeline
 
 Sizes = Mapping[str, int]
 
@@ -29,6 +31,7 @@ class Compute:
     activations: str = "float32"  # dtype of the product, and of the residual stream
     remat: str = "none"  # what the backward pass computes again: none, full, or all but the products (dots)
     unroll: int = 1  # layers per turn of the loop over them
+    pipeline: Pipeline = Pipeline()  # how microbatches pass through the stages
 
 
 _compute = jax.make_user_context(Compute())
@@ -63,26 +66,30 @@ def use(weight: nnx.Param, dims: str) -> jax.Array:
 
 def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     """`jnp.einsum(subscripts, x, weight)` of an activation and a weight, placed by the letters of the result."""
-    return _project(subscripts, x, weight[...])
+    return _project(subscripts, how(), x, weight[...])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(subscripts, x, weight):
-    x_dims, dims, out = _dims(subscripts)
-    return _einsum(f"{x_dims},{dims}->{out}", x, _gather(weight, dims), how().activations, how().layout.activation(out))
+# JAX traces both halves of its derivative when the model has been traced, and so outside of any narrower `inside`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _project(subscripts, then, x, weight):
+    with compute(then):
+        x_dims, dims, out = _dims(subscripts)
+        place = how().layout.activation(out)
+        return _einsum(f"{x_dims},{dims}->{out}", x, _gather(weight, dims), how().activations, place)
 
 
-def _project_forward(subscripts, x, weight):
-    return _project(subscripts, x, weight), (x, weight)
+def _project_forward(subscripts, then, x, weight):
+    return _project(subscripts, then, x, weight), (x, weight)
 
 
-def _project_backward(subscripts, saved, cotangent):
+def _project_backward(subscripts, then, saved, cotangent):
     # Written out for three reasons: the gathered weight is not kept for the backward pass but gathered again (ZeRO-3);
     # its gradient is summed straight to the resting place; and both products take operands in the chosen precision.
     (x, weight), (x_dims, dims, out) = saved, _dims(subscripts)
-    cotangent = cotangent.astype(how().operands)
-    into_x = _einsum(f"{out},{dims}->{x_dims}", cotangent, _gather(weight, dims), x.dtype, jax.typeof(x).sharding)
-    into_weight = _einsum(f"{x_dims},{out}->{dims}", x, cotangent, weight.dtype, jax.typeof(weight).sharding)
+    with compute(then):
+        cotangent = cotangent.astype(how().operands)
+        into_x = _einsum(f"{out},{dims}->{x_dims}", cotangent, _gather(weight, dims), x.dtype, jax.typeof(x).sharding)
+        into_weight = _einsum(f"{x_dims},{out}->{dims}", x, cotangent, weight.dtype, jax.typeof(weight).sharding)
     return into_x, into_weight
 
 
@@ -112,6 +119,12 @@ def bias(weight: nnx.Param, dims: str, out: str) -> jax.Array:
     """A bias with `dims`, shaped to be added to an activation with dims `out`."""
     value = jax.reshard(weight[...].astype(how().activations), how().layout.in_use(dims))
     return jnp.expand_dims(value, tuple(i for i, d in enumerate(out) if d not in dims))
+
+
+def stages() -> int:
+    """How many stages the layers are cut into: the size of the axis that cuts L, or 1."""
+    axes = layouts.axes_of(how().layout.params.get("L"))
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
 
 
 def ring() -> str | None:
@@ -208,8 +221,12 @@ def decode(
 
 
 def stack(block: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int) -> nnx.Module:
-    """`layers` blocks as one, every parameter with a leading L."""
-    return jax.vmap(block)(jax.random.split(key, layers))
+    """`layers` blocks as one, every parameter with a leading L; with stages, each makes its own and no other."""
+    keys = jax.random.split(key, layers)
+    if stages() == 1:
+        return jax.vmap(block)(keys)
+    cut = how().layout.at_rest("L")
+    return jax.shard_map(jax.vmap(block), in_specs=cut, out_specs=cut, axis_names={*layouts.axes_of(cut[0])})(keys)
 
 
 def scan(
@@ -218,10 +235,19 @@ def scan(
     segments_BT: jax.Array | None,
     layer: Callable[[nnx.Module, jax.Array, jax.Array | None], tuple[jax.Array, Any]],
 ) -> tuple[jax.Array, Any]:
-    """Runs stacked blocks one after another; `remat` decides what the backward pass computes again.
+    """Runs stacked blocks one after another, or in stages; `remat` decides what the backward pass computes again.
 
     Returns the stream after the last one and what the layers counted, stacked.
     """
+    if stages() == 1:
+        return layers(layer, blocks, x_BTD, segments_BT)
+    own = pipeline.axes(how().pipeline, layouts.axes_of(how().layout.inner.get("B")))
+    call = functools.partial(inside, own, functools.partial(layers, layer))
+    return pipeline.forward(call, blocks, x_BTD, segments_BT, how().pipeline)
+
+
+def layers(layer: Callable, blocks: nnx.Module, x_BTD: jax.Array, segments_BT: jax.Array | None):
+    """Runs stacked blocks one after another, as `scan` without stages."""
 
     def turn(x_BTD, block):
         return layer(block, x_BTD, segments_BT)
@@ -232,3 +258,10 @@ def scan(
         "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     }
     return jax.lax.scan(policies[how().remat](turn), x_BTD, blocks, unroll=how().unroll)
+
+
+def inside(axes: Iterable[str], call: Callable, *args):
+    """`call(*args)` in a part of the program that has these mesh axes to itself, and so a layout without them."""
+    layout = functools.reduce(Layout.without, axes, how().layout)
+    with compute(dataclasses.replace(how(), layout=layout)):
+        return call(*args)

@@ -41,9 +41,12 @@ attend.defvjp(_forward, _backward)
 def _on_ring(call, results: int):
     """`call(axis, ...)` on every device's part of the sequence, the second dim of every array."""
     part = P(None, nn.ring())
-    return jax.shard_map(
+    on_ring = jax.shard_map(
         functools.partial(call, nn.ring()), in_specs=part, out_specs=(part,) * results, axis_names={nn.ring()}
     )
+    # The derivative is our own, so there is nothing here to keep. Without saying so, JAX moves what no layer changes,
+    # such as masks, out of the loop over layers, and cannot where this is inside another shard_map, a pipeline's.
+    return jax.checkpoint(on_ring)
 
 
 def _forward_on_device(axis, q, k, v, segments):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from llmjax.train import pipeline
 from llmjax.train.loss import Batch, Sums
 
 Loss = Callable[[nnx.Module, Batch], tuple[jax.Array, Sums]]
@@ -36,7 +37,7 @@ def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True)
     microbatches or devices changes them. Without, they are the plain sum over examples, as textbooks write
     w <- w - eta * sum_i(g_i).
     """
-    with_gradient = jax.value_and_grad(loss, has_aux=True)
+    with_gradient = pipeline.value_and_grad(loss) if pipeline.by_hand() else jax.value_and_grad(loss, has_aux=True)
 
     def microbatch(total, batch):
         return jax.tree.map(jnp.add, total, with_gradient(model, batch)), None
