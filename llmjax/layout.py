@@ -97,7 +97,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """How microbatches pass through the stages of a layout that cuts L; `llmjax.models.pipeline` draws the schedules."""
+    """How microbatches pass through the stages that a layout cuts L into; `llmjax.models.pipeline` draws it."""
 
     schedule: Literal["gpipe", "circular", "1f1b"] = "gpipe"
     "All forward, then all backward; the same in laps; or one forward, one backward, which bounds memory by stages."

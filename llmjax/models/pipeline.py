@@ -104,25 +104,53 @@ def _on_stage(layers, N, how, own, blocks, x_NBTD, segments_NBT):
     stage, stages, laps = jax.lax.axis_index(STAGE), jax.lax.axis_size(STAGE), how.laps
     x_NBTD, segments_NBT = jax.lax.pcast((x_NBTD, segments_NBT), STAGE, to="varying")
     blocks_RL = jax.tree.map(lambda x: _groups(x, laps), jax.lax.pcast(blocks, own[1:], to="varying"))
+    run = functools.partial(_lap if laps > 1 else _only_lap, layers)
 
     def tick(carry, t):
         x_NBTD, inbox_BTD = carry  # what goes into a lap, and takes what came out of the last
-        x_NBTD = put(x_NBTD, jnp.where(t < stages, x_NBTD[(t - stages) % N], inbox_BTD), (t - stages) % N)
+        back = (t - stages) % N
+        x_NBTD = put(x_NBTD, jnp.where(t < stages, x_NBTD[back], inbox_BTD), back)
         n, lap, _ = forward_at(t, stage, N, laps)
         x_BTD = jnp.where(stage == 0, x_NBTD[n], inbox_BTD)
-        x_BTD, sums_L = layers(at(blocks_RL, lap if laps > 1 else 0), x_BTD, at(segments_NBT, n))
+        x_BTD, sums_L = run(blocks_RL, lap, x_BTD, at(segments_NBT, n))
         return (x_NBTD, shift(x_BTD, 1)), sums_L
 
-    total = sum(ticks("gpipe", stages, N, laps)[:1])
-    (x_NBTD, inbox_BTD), sums_UL = jax.lax.scan(tick, (x_NBTD, x_NBTD[0]), jnp.arange(total))
+    forwards, *_ = ticks(how.schedule if laps > 1 else "gpipe", stages, N, laps)
+    (x_NBTD, inbox_BTD), sums_UL = jax.lax.scan(tick, (x_NBTD, x_NBTD[0]), jnp.arange(forwards))
     x_NBTD = jnp.where(stage == 0, put(x_NBTD, inbox_BTD, N - 1), 0)
 
-    def counted(x_UL):
+    def counted(x_UL):  # one sum per tick, of which a stage's own are in a row
         x_RNL = jax.lax.dynamic_slice_in_dim(x_UL, stage, laps * N).reshape(laps, N, *x_UL.shape[1:])
         x_RL = jnp.sum(x_RNL, 1)
         return jax.lax.psum(x_RL.reshape(-1, *x_RL.shape[2:]), own[1:])
 
     return jax.lax.psum(x_NBTD, STAGE), jax.tree.map(counted, sums_UL)
+
+
+def _only_lap(layers, blocks_RL, _, x_BTD, segments_BT):
+    return layers(at(blocks_RL, 0), x_BTD, segments_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lap(layers, blocks_RL, lap, x_BTD, segments_BT):
+    return layers(at(blocks_RL, lap), x_BTD, segments_BT)
+
+
+def _lap_forward(layers, blocks_RL, lap, x_BTD, segments_BT):
+    results, slopes = jax.vjp(lambda blocks, x: layers(blocks, x, segments_BT), at(blocks_RL, lap), x_BTD)
+    slopes.args_res[0] = None  # the lap's weights: every tick would keep a copy, where a slice again costs nothing
+    return results, (slopes, blocks_RL, lap)
+
+
+def _lap_backward(layers, saved, cotangents):
+    slopes, blocks_RL, lap = saved
+    slopes.args_res[0] = at(blocks_RL, lap)
+    into_lap, into_x = slopes(cotangents)
+    into_blocks = jax.tree.map(lambda x_RL, x_L: put(jnp.zeros_like(x_RL), x_L, lap), blocks_RL, into_lap)
+    return into_blocks, None, into_x, None
+
+
+_lap.defvjp(_lap_forward, _lap_backward)
 
 
 def ways(axes: Iterable[str]) -> int:
@@ -182,8 +210,7 @@ def _deal(laps, back, tree):
         y_RL = jnp.zeros_like(x_RL)
         for moves in rounds:
             moves = [((to, into), (by, at)) if back else ((by, at), (to, into)) for (by, at), (to, into) in moves]
-            gives, takes = ({who: slot for who, slot in side} for side in zip(*moves, strict=True))
-            gives, takes = (jnp.array([side[who] for who in range(len(side))]) for side in (gives, takes))
+            gives, takes = (jnp.array([slot for _, slot in sorted(side)]) for side in zip(*moves, strict=True))
             x_L = jax.lax.ppermute(x_RL[gives[stage]], STAGE, [(by, to) for (by, _), (to, _) in moves])
             y_RL = put(y_RL, x_L, takes[stage])
         return y_RL.reshape(x.shape)
