@@ -114,8 +114,9 @@ class Pipeline:
         return self.repeats if self.schedule == "circular" else 1
 
     def parts(self, rows: int, stages: int) -> int:
-        """The number of microbatches, N, that so many rows of a device are cut into."""
-        return self.microbatches or max(n for n in range(1, min(rows, 2 * stages) + 1) if rows % n == 0)
+        """The number of microbatches, N: what is wished for, or the next smaller one that divides the rows."""
+        most = min(rows, self.microbatches or 2 * stages)
+        return max(n for n in range(1, most + 1) if rows % n == 0)
 
 
 def axes_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

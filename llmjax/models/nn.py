@@ -6,7 +6,6 @@ A model file says only the maths. Where each array lives and in which precision 
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -122,9 +121,9 @@ def bias(weight: nnx.Param, dims: str, out: str) -> jax.Array:
 
 
 def stages() -> int:
-    """How many stages the layers are cut into: the size of the axis that cuts L, or 1."""
-    axes = layouts.axes_of(how().layout.params.get("L"))
-    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    """How many stages the layers are cut into."""
+    cut = pipeline.STAGE in layouts.axes_of(how().layout.params.get("L"))
+    return jax.sharding.get_abstract_mesh().shape[pipeline.STAGE] if cut else 1
 
 
 def ring() -> str | None:
@@ -225,8 +224,8 @@ def stack(block: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int)
     keys = jax.random.split(key, layers)
     if stages() == 1:
         return jax.vmap(block)(keys)
-    cut = how().layout.at_rest("L")
-    return jax.shard_map(jax.vmap(block), in_specs=cut, out_specs=cut, axis_names={*layouts.axes_of(cut[0])})(keys)
+    place = jax.P(pipeline.STAGE)
+    return jax.shard_map(jax.vmap(block), in_specs=place, out_specs=place, axis_names={pipeline.STAGE})(keys)
 
 
 def scan(

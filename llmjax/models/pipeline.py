@@ -87,21 +87,22 @@ def forward(layers: Layers, blocks: Any, x_BTD: jax.Array, segments_BT: jax.Arra
     """
     batch = axes_of(jax.typeof(x_BTD).sharding.spec[0])
     own = axes(how, batch)
-    N = how.parts(x_BTD.shape[0] // ways(batch), ways(own[:1]))
-    rows = P(None, own[1:])
+    stages, rows = ways(own[:1]), P(None, own[1:])
+    N = how.parts(x_BTD.shape[0] // ways(batch), stages)
+    laps = how.laps if stages <= N else 1  # fewer would be back before the first stage is through with the lap
     on_stage = jax.shard_map(
-        functools.partial(_on_stage, layers, N, how, own),
+        functools.partial(_on_stage, layers, N, laps, own),
         in_specs=(P(STAGE), rows, rows),
         out_specs=(rows, P(STAGE)),
         axis_names={*own},
     )
     segments_NBT = None if segments_BT is None else cut(segments_BT, N)
-    x_NBTD, sums = on_stage(whole(deal(blocks, how.laps), own[1:]), cut(x_BTD, N), segments_NBT)
-    return joined(x_NBTD, jax.typeof(x_BTD).sharding.spec), deal(sums, how.laps, back=True)
+    x_NBTD, sums = on_stage(whole(deal(blocks, laps), own[1:]), cut(x_BTD, N), segments_NBT)
+    return joined(x_NBTD, jax.typeof(x_BTD).sharding.spec), deal(sums, laps, back=True)
 
 
-def _on_stage(layers, N, how, own, blocks, x_NBTD, segments_NBT):
-    stage, stages, laps = jax.lax.axis_index(STAGE), jax.lax.axis_size(STAGE), how.laps
+def _on_stage(layers, N, laps, own, blocks, x_NBTD, segments_NBT):
+    stage, stages = jax.lax.axis_index(STAGE), jax.lax.axis_size(STAGE)
     x_NBTD, segments_NBT = jax.lax.pcast((x_NBTD, segments_NBT), STAGE, to="varying")
     blocks_RL = jax.tree.map(lambda x: _groups(x, laps), jax.lax.pcast(blocks, own[1:], to="varying"))
     run = functools.partial(_lap if laps > 1 else _only_lap, layers)
@@ -115,7 +116,7 @@ def _on_stage(layers, N, how, own, blocks, x_NBTD, segments_NBT):
         x_BTD, sums_L = run(blocks_RL, lap, x_BTD, at(segments_NBT, n))
         return (x_NBTD, shift(x_BTD, 1)), sums_L
 
-    forwards, *_ = ticks(how.schedule if laps > 1 else "gpipe", stages, N, laps)
+    forwards, *_ = ticks("circular", stages, N, laps)  # gpipe's with one lap
     (x_NBTD, inbox_BTD), sums_UL = jax.lax.scan(tick, (x_NBTD, x_NBTD[0]), jnp.arange(forwards))
     x_NBTD = jnp.where(stage == 0, put(x_NBTD, inbox_BTD, N - 1), 0)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
+from llmjax.errors import Refused
 from llmjax.layout import axes_of
 from llmjax.models import nn
 from llmjax.models.pipeline import STAGE, axes, backward_at, cut, forward_at, put, shift, ticks, ways, whole
@@ -26,8 +27,11 @@ def by_hand() -> bool:
 def value_and_grad(loss: Callable) -> Callable:
     """What `jax.value_and_grad(loss, has_aux=True)` is, ((total, sums), gradients) of (model, batch), through 1F1B.
 
-    The model is an `nn.Decoder` whose layers count nothing, and the loss has `of(logits_BTV, batch)`. Embedding, head
-    and loss are computed by every stage on whole weights, and used on the first and the last.
+    The model is an `nn.Decoder`, and the loss has `of(logits_BTV, batch)`. Embedding, head and loss are computed on
+    every stage with whole weights, and what they give is used on the first and the last: the others would wait.
+
+    Raises:
+      Refused: the model's layers count something.
     """
 
     def call(model, batch):
@@ -62,7 +66,13 @@ def _on_stage(loss, N, own, ends, blocks, batch_N):
         return ends.embed(batch(n)["tokens"])
 
     def layers(n, blocks, x_BTD):
-        return nn.layers(ends.layer, blocks, x_BTD, batch(n).get("segments"))[0]
+        x_BTD, sums = nn.layers(ends.layer, blocks, x_BTD, batch(n).get("segments"))
+        if sums is not None:
+            raise Refused(
+                f"pipeline.schedule is 1f1b, which has no way for what the layers of {type(ends).__name__} count over "
+                f"a batch: choose gpipe or circular."
+            )
+        return x_BTD
 
     def head(n, ends, x_BTD):
         return loss.of(ends.head(x_BTD), batch(n))
