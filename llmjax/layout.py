@@ -10,7 +10,7 @@ means tensor dimension.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax import P
@@ -97,6 +97,30 @@ class Layout:
         return "fsdp" if any("fsdp" in axes_of(value) for value in self.params.values()) else "data"
 
 
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """How microbatches pass through the stages that a layout cuts L into; `llmjax.models.pipeline` draws it."""
+
+    schedule: Literal["gpipe", "circular", "1f1b"] = "gpipe"
+    "All forward, then all backward; the same in laps; or one forward, one backward, which bounds memory by stages."
+    microbatches: int = 0
+    "Parts, N, that the rows of a device are cut into; 0: as many as divide them, up to two per stage."
+    repeats: int = 2
+    "Laps of the circular schedule: each stage holds so many groups of layers that are not neighbours."
+    gather_once: bool = True
+    "Gather weights cut over fsdp, and sum gradients over data and fsdp, once per step instead of in every tick."
+
+    @property
+    def laps(self) -> int:
+        """How often a microbatch passes every stage, R."""
+        return self.repeats if self.schedule == "circular" else 1
+
+    def parts(self, rows: int, stages: int) -> int:
+        """The number of microbatches, N: what is wished for, or the next smaller one that divides the rows."""
+        most = min(rows, self.microbatches or 2 * stages)
+        return max(n for n in range(1, most + 1) if rows % n == 0)
+
+
 def axes_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """A placement as a tuple of axes."""
     return (value,) if isinstance(value, str) else tuple(value or ())
@@ -122,6 +146,7 @@ cp = Layout("cp", params={}, stream=_BATCH | {"T": "context"}, inner=_BATCH | {"
 ring = Layout("ring", params={}, stream=cp.stream, inner=cp.inner | {"S": "context"})
 ep = Layout("ep", {"E": "expert"}, {"B": (*_BATCH["B"], "expert")}, {"B": (*_BATCH["B"], "expert"), "E": "expert"})
 pp = Layout("pp", params={"L": "stage"}, stream=_BATCH, inner=_BATCH)
+vp = Layout("vp", {"V": "stage"}, _BATCH, _BATCH | {"V": "stage"})
 fsdp_tp = fsdp | tp
 fsdp_tp_sp = fsdp | tp | sp
 
@@ -134,6 +159,7 @@ KINDS = {
     "ring": ring,
     "ep": ep,
     "pp": pp,
+    "vp": vp,
 }
 
 

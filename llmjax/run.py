@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from llmjax import layout as layouts
 from llmjax.errors import DATA, Refused
-from llmjax.layout import Layout
+from llmjax.layout import Layout, Pipeline
 from llmjax.mesh import Axes, Cluster
 
 
@@ -57,6 +57,8 @@ class Run:
     axes: Axes = Axes()
     layout: Layout = layouts.dp
     "What is cut over which mesh axis: a kind of parallelism, or several joined by _, such as fsdp_tp."
+    pipeline: Pipeline = Pipeline()
+    "How microbatches pass through the stages, where the layout cuts layers (pp)."
     steps: int = 1000
     "Optimizer steps."
     batch: int = 16
@@ -96,8 +98,8 @@ class Run:
 
 
 # What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
-FREE = frozenset({"mesh", "axes", "layout", "accumulate", "remat", "eval_every", "eval_rows", "save_every", "keep",
-                  "prompts", "runs"})  # fmt: skip
+FREE = frozenset({"mesh", "axes", "layout", "pipeline", "accumulate", "remat", "eval_every", "eval_rows", "save_every",
+                  "keep", "prompts", "runs"})  # fmt: skip
 
 
 def to_json(value: Any) -> Any:
@@ -212,6 +214,7 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
         )
     if hasattr(run.model, "sizes"):
         _check_model(run, axes)
+    _check_pipeline(run, axes, accumulate)
 
 
 _LEAST = dict(
@@ -296,3 +299,51 @@ def _check_model(run: Run, axes: Axes) -> None:
             f"model.heads is {letters['H']}, which model.kv_heads {letters['G']} does not divide: "
             f"choose a multiple of {letters['G']}, or other kv_heads."
         )
+
+
+def _check_pipeline(run: Run, axes: Axes, accumulate: int) -> None:
+    how, stages = run.pipeline, _ways(axes, run.layout.params.get("L"))
+    for field, least in dict(microbatches=0, repeats=1).items():
+        if getattr(how, field) < least:
+            raise Refused(f"pipeline.{field} is {getattr(how, field)}: give at least {least}.")
+    if stages == 1:
+        return
+    model, layers = type(run.model).__name__, getattr(run.model, "layers", None)
+    if layers is None:
+        raise Refused(
+            f"axes.stage is {stages}, but {model} has no layers to cut into stages: "
+            f"set it to 1, or choose a model with a field layers."
+        )
+    if how.schedule == "1f1b" and not hasattr(run.loss, "of"):
+        raise Refused(
+            f"pipeline.schedule is 1f1b, which {type(run.loss).__name__} has no loss of logits for: "
+            f"choose gpipe or circular, or give it a method of(logits, batch)."
+        )
+    if layers % (stages * how.laps):
+        ways = f"stage {stages}" + f" x pipeline.repeats {how.laps} = {stages * how.laps}" * (how.laps > 1)
+        raise Refused(
+            f"model.layers is {layers}, which {ways} does not divide: every stage holds as many layers; "
+            f"choose a multiple of {stages * how.laps}, or a smaller stage axis (--axes.stage)."
+        )
+    devices = _ways(axes, run.layout.inner.get("B")) * accumulate
+    rows = run.batch // devices
+    more = -(-rows // max(how.microbatches, stages)) * max(how.microbatches, stages) * devices
+    if 0 < how.microbatches < stages:
+        raise Refused(
+            f"pipeline.microbatches is {how.microbatches}, fewer than the {stages} stages to keep busy: "
+            f"give at least {stages}, or 0 to have it derived."
+        )
+    if how.microbatches and rows % how.microbatches:
+        raise Refused(
+            f"pipeline.microbatches is {how.microbatches}, which does not divide the {rows} rows of a device: "
+            f"use batch {more}, or 0 to have it derived."
+        )
+    if how.parts(rows, stages) < stages:
+        raise Refused(
+            f"batch is {run.batch}, {rows} rows on a device, which cannot be cut into a microbatch for each of "
+            f"{stages} stages: use batch {more}, or a smaller stage axis (--axes.stage)."
+        )
+
+
+def _ways(axes: Axes, value: str | tuple[str, ...] | None) -> int:
+    return math.prod(getattr(axes, axis) for axis in layouts.axes_of(value))

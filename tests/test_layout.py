@@ -70,7 +70,7 @@ def test_presets_are_found_by_name_and_an_unknown_one_is_refused_with_the_neares
     assert all(layouts.preset(layout.name) == layout for layout in PRESETS)
     with pytest.raises(Refused, match="there is no layout named 'fdsp': did you mean fsdp"):
         layouts.preset("fdsp")
-    with pytest.raises(Refused, match="'pipeline': join any of dp, fsdp, tp, sp, cp, ring, ep, pp with _"):
+    with pytest.raises(Refused, match="'pipeline': join any of dp, fsdp, tp, sp, cp, ring, ep, pp, vp with _"):
         layouts.preset("pipeline")
 
 

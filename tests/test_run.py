@@ -14,6 +14,7 @@ from llmjax import mesh as meshes
 from llmjax import run as runs
 from llmjax.data.dataset import Synthetic
 from llmjax.errors import Refused
+from llmjax.layout import Pipeline
 from llmjax.mesh import Axes
 from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
@@ -37,6 +38,7 @@ TINY = Run(
     sequence=16,
     name="tiny",
 )
+STAGED = dict(layout=layouts.fsdp | layouts.pp, axes=Axes(stage=4, fsdp=2), model__layers=8, batch=16)
 
 MIXTURE = dataclasses.replace(
     TINY,
@@ -163,6 +165,44 @@ def test_a_run_that_fits_is_not_refused():
             dict(model__heads=6, model__kv_heads=4),
             "model.heads is 6, which model.kv_heads 4 does",
             dict(model__heads=8),
+        ),
+        (
+            dict(pipeline__microbatches=-1),
+            "pipeline.microbatches is -1: give at least 0",
+            dict(pipeline__microbatches=0),
+        ),
+        (dict(pipeline__repeats=0), "pipeline.repeats is 0: give at least 1", dict(pipeline__repeats=1)),
+        (STAGED | dict(model__layers=6), "model.layers is 6, which stage 4 does not divide", dict(model__layers=8)),
+        (STAGED | dict(model__layers=6), "a smaller stage axis (--axes.stage)", dict(axes=Axes(stage=2, fsdp=4))),
+        (
+            STAGED | dict(pipeline=Pipeline("circular", repeats=3)),
+            "model.layers is 8, which stage 4 x pipeline.repeats 3 = 12 does not divide",
+            dict(model__layers=12),
+        ),
+        (
+            STAGED | dict(pipeline__microbatches=2),
+            "pipeline.microbatches is 2, fewer than the 4 stages to keep busy: give at least 4",
+            dict(pipeline__microbatches=4),
+        ),
+        (
+            STAGED | dict(pipeline__microbatches=5),
+            "pipeline.microbatches is 5, which does not divide the 8 rows of a device: use batch 20",
+            dict(batch=20),
+        ),
+        (
+            STAGED | dict(batch=12, accumulate=2),
+            "batch is 12, 3 rows on a device, which cannot be cut into a microbatch for each of 4 stages: use batch 16",
+            dict(batch=16),
+        ),
+        (
+            STAGED | dict(model=Synthetic()),
+            "axes.stage is 4, but Synthetic has no layers to cut into stages: set it to 1",
+            dict(axes=Axes(stage=1)),
+        ),
+        (
+            STAGED | dict(pipeline=Pipeline("1f1b"), loss=AdamW()),
+            "pipeline.schedule is 1f1b, which AdamW has no loss of logits for: choose gpipe or circular",
+            dict(pipeline=Pipeline("gpipe")),
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -56,28 +56,29 @@ def attention(
         o_BTGRK = ring.attend(q_BTGRK, k_BTGK, v_BTGK, segments_BT)
     else:  # every device sees all keys: no layout cuts the dim "_"
         k_BSGK, v_BSGK = (jax.reshard(x, place("B_GK")) for x in (k_BTGK, v_BTGK))
-        o_BTGRK = _attend(q_BTGRK, k_BSGK, v_BSGK, segments_BT)
+        segments = None if segments_BT is None else (segments_BT, jax.reshard(segments_BT, place("B_")))
+        o_BTGRK = _attend(q_BTGRK, k_BSGK, v_BSGK, segments)
     return jnp.reshape(o_BTGRK, (B, T, H, K), out_sharding=place("BTHK"))
 
 
 @jax.custom_vjp
-def _attend(q_BTGRK, k_BSGK, v_BSGK, segments_BT):
-    return _attend_forward(q_BTGRK, k_BSGK, v_BSGK, segments_BT)[0]
+def _attend(q_BTGRK, k_BSGK, v_BSGK, segments):
+    return _attend_forward(q_BTGRK, k_BSGK, v_BSGK, segments)[0]
 
 
-def _attend_forward(q_BTGRK, k_BSGK, v_BSGK, segments_BT):
-    score_BGRTS = _scores(q_BTGRK, k_BSGK, segments_BT)
+def _attend_forward(q_BTGRK, k_BSGK, v_BSGK, segments):
+    score_BGRTS = _scores(q_BTGRK, k_BSGK, segments)
     highest_BGRT = jnp.max(score_BGRTS, axis=-1)
     weight_BGRTS = jnp.exp(score_BGRTS - highest_BGRT[..., None])
     total_BGRT = jnp.sum(weight_BGRTS, axis=-1)
     o_BTGRK = nn.product("BGRTS,BSGK->BTGRK", weight_BGRTS, v_BSGK) / jnp.moveaxis(total_BGRT, 3, 1)[..., None]
     o_BTGRK = o_BTGRK.astype(q_BTGRK.dtype)
-    return o_BTGRK, (q_BTGRK, k_BSGK, v_BSGK, segments_BT, o_BTGRK, highest_BGRT + jnp.log(total_BGRT))
+    return o_BTGRK, (q_BTGRK, k_BSGK, v_BSGK, segments, o_BTGRK, highest_BGRT + jnp.log(total_BGRT))
 
 
 def _attend_backward(saved, do_BTGRK):
-    q_BTGRK, k_BSGK, v_BSGK, segments_BT, o_BTGRK, log_total_BGRT = saved
-    chance_BGRTS = jnp.exp(_scores(q_BTGRK, k_BSGK, segments_BT) - log_total_BGRT[..., None])
+    q_BTGRK, k_BSGK, v_BSGK, segments, o_BTGRK, log_total_BGRT = saved
+    chance_BGRTS = jnp.exp(_scores(q_BTGRK, k_BSGK, segments) - log_total_BGRT[..., None])
     place = jax.typeof(k_BSGK).sharding
     dv_BSGK = nn.product("BGRTS,BTGRK->BSGK", chance_BGRTS, do_BTGRK, place)
     mean_BTGR = jnp.sum(do_BTGRK.astype(jnp.float32) * o_BTGRK.astype(jnp.float32), axis=-1)
@@ -92,14 +93,13 @@ def _attend_backward(saved, do_BTGRK):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _scores(q_BTGRK, k_BSGK, segments_BT):
+def _scores(q_BTGRK, k_BSGK, segments):
     score_BGRTS = nn.product("BTGRK,BSGK->BGRTS", q_BTGRK * q_BTGRK.shape[-1] ** -0.5, k_BSGK)
     T, S = score_BGRTS.shape[-2:]
     place = P(*jax.typeof(score_BGRTS).sharding.spec[-2:])
     asks, answers = (jax.lax.broadcasted_iota(jnp.int32, (T, S), dim, out_sharding=place) for dim in (0, 1))
     score_BGRTS = jnp.where((asks >= answers)[None, None, None], score_BGRTS, -1e30)
-    if segments_BT is None:
+    if segments is None:
         return score_BGRTS
-    segments_BS = jax.reshard(segments_BT, nn.how().layout.gathered("B_"))
-    same_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
+    same_BTS = segments[0][:, :, None] == segments[1][:, None, :]
     return jnp.where(same_BTS[:, None, None], score_BGRTS, -1e30)

@@ -6,7 +6,7 @@ A model file says only the maths. Where each array lives and in which precision 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -16,7 +16,8 @@ from flax import nnx
 from jax import P
 
 from llmjax import layout as layouts
-from llmjax.layout import Layout
+from llmjax.layout import Layout, Pipeline
+from llmjax.models import pipeline
 
 Sizes = Mapping[str, int]
 
@@ -30,6 +31,7 @@ class Compute:
     activations: str = "float32"  # dtype of the product, and of the residual stream
     remat: str = "none"  # what the backward pass computes again: none, full, or all but the products (dots)
     unroll: int = 1  # layers per turn of the loop over them
+    pipeline: Pipeline = Pipeline()  # how microbatches pass through the stages
 
 
 _compute = jax.make_user_context(Compute())
@@ -69,33 +71,39 @@ def at_rest(weight: nnx.Param, dims: str) -> jax.Array:
 
 def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     """`jnp.einsum(subscripts, x, weight)` of an activation and a weight, placed by the letters of the result."""
-    return _project((subscripts,), x, (weight[...],))[0]
+    return _project((subscripts,), how(), x, (weight[...],))[0]
 
 
 def project_all(subscripts: Sequence[str], x: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
     """`project` of one activation by several weights, whose parts of its gradient are summed over devices as one."""
-    return _project(tuple(subscripts), x, tuple(weight[...] for weight in weights))
+    return _project(tuple(subscripts), how(), x, tuple(weight[...] for weight in weights))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(subscripts, x, weights):
+# JAX traces both halves of its derivative when the model has been traced, and so outside of any narrower `inside`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _project(subscripts, then, x, weights):
     def one(subscripts, weight):
         _, dims, out = _dims(subscripts)
         place = how().layout.activation(out)
         return _einsum(subscripts, x, _gather(weight, dims), how().activations, place)
 
-    return [one(*each) for each in zip(subscripts, weights, strict=True)]
+    with compute(then):
+        return [one(*each) for each in zip(subscripts, weights, strict=True)]
 
 
-def _project_forward(subscripts, x, weights):
-    return _project(subscripts, x, weights), (x, weights)
+def _project_forward(subscripts, then, x, weights):
+    return _project(subscripts, then, x, weights), (x, weights)
 
 
-def _project_backward(subscripts, saved, cotangents):
+def _project_backward(subscripts, then, saved, cotangents):
+    with compute(then):
+        return _slopes(subscripts, *saved, cotangents)
+
+
+def _slopes(subscripts, x, weights, cotangents):
     # Written out for four reasons: the gathered weight is not kept for the backward pass but gathered again (ZeRO-3);
     # its gradient is summed straight to the resting place; all products take operands in the chosen precision; and
     # devices exchange sums once, after what all weights add to the gradient of x is added up, over all axes together.
-    x, weights = saved
     into_x, into_weights = {}, []
     for each, weight, cotangent in zip(subscripts, weights, cotangents, strict=True):
         x_dims, dims, out = _dims(each)
@@ -168,7 +176,7 @@ def open_sums(model: nnx.Module) -> nnx.Module:
     then held by one device. Weights may only be used through the functions of this module: `jnp` refuses to combine
     them with what is cut over such an axis.
     """
-    if not _opens():
+    if not _opens() or stages() > 1:
         return model
     sizes = jax.sharding.get_abstract_mesh().shape
     tokens = (axis for d in "BT" for axis in layouts.axes_of(how().layout.inner.get(d)))
@@ -180,6 +188,12 @@ def open_sums(model: nnx.Module) -> nnx.Module:
         return jax.reshard(weight, P(*spec, reduced=tokens - cutting))
 
     return jax.tree.map(opened, model)
+
+
+def stages() -> int:
+    """How many stages the layers are cut into."""
+    cut = pipeline.STAGE in layouts.axes_of(how().layout.params.get("L"))
+    return jax.sharding.get_abstract_mesh().shape[pipeline.STAGE] if cut else 1
 
 
 def ring() -> str | None:
@@ -278,8 +292,12 @@ def decode(
 
 
 def stack(block: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int) -> nnx.Module:
-    """`layers` blocks as one, every parameter with a leading L."""
-    return jax.vmap(block)(jax.random.split(key, layers))
+    """`layers` blocks as one, every parameter with a leading L; with stages, each makes its own and no other."""
+    keys = jax.random.split(key, layers)
+    if stages() == 1:
+        return jax.vmap(block)(keys)
+    place = jax.P(pipeline.STAGE)
+    return jax.shard_map(jax.vmap(block), in_specs=place, out_specs=place, axis_names={pipeline.STAGE})(keys)
 
 
 def scan(
@@ -288,10 +306,19 @@ def scan(
     segments_BT: jax.Array | None,
     layer: Callable[[nnx.Module, jax.Array, jax.Array | None], tuple[jax.Array, Any]],
 ) -> tuple[jax.Array, Any]:
-    """Runs stacked blocks one after another; `remat` decides what the backward pass computes again.
+    """Runs stacked blocks one after another, or in stages; `remat` decides what the backward pass computes again.
 
     Returns the stream after the last one and what the layers counted, stacked.
     """
+    if stages() == 1:
+        return layers(layer, blocks, x_BTD, segments_BT)
+    own = pipeline.axes(how().pipeline, layouts.axes_of(how().layout.inner.get("B")))
+    call = functools.partial(inside, own, functools.partial(layers, layer))
+    return pipeline.forward(call, blocks, x_BTD, segments_BT, how().pipeline)
+
+
+def layers(layer: Callable, blocks: nnx.Module, x_BTD: jax.Array, segments_BT: jax.Array | None):
+    """Runs stacked blocks one after another, as `scan` without stages."""
 
     def turn(x_BTD, block):
         return layer(block, x_BTD, segments_BT)
@@ -302,3 +329,10 @@ def scan(
         "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     }
     return jax.lax.scan(policies[how().remat](turn), x_BTD, blocks, unroll=how().unroll)
+
+
+def inside(axes: Iterable[str], call: Callable, *args):
+    """`call(*args)` in a part of the program that has these mesh axes to itself, and so a layout without them."""
+    layout = functools.reduce(Layout.without, axes, how().layout)
+    with compute(dataclasses.replace(how(), layout=layout)):
+        return call(*args)

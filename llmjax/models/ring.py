@@ -48,7 +48,10 @@ def _on_ring(call, places, *args):
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = set(mesh.axis_names) - set(mesh.manual_axes)
-    return jax.shard_map(functools.partial(call, nn.ring()), out_specs=places, axis_names=axes)(*args)
+    on_ring = jax.shard_map(functools.partial(call, nn.ring()), out_specs=places, axis_names=axes)
+    # The derivative is our own, so there is nothing here to keep. Without saying so, JAX moves what no layer changes,
+    # such as masks, out of the loop over layers, and cannot where this is inside another shard_map, a pipeline's.
+    return jax.checkpoint(on_ring)(*args)
 
 
 def _forward_on_device(axis, q, k, v, segments):

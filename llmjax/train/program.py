@@ -87,6 +87,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         activations="bfloat16" if bfloat16 and not on_cpu else "float32",
         remat=run.remat,
         unroll=min(getattr(run.model, "layers", 1), UNROLLED) if on_cpu else 1,
+        pipeline=run.pipeline,
     )
     tx = transformation(run)
     init = functools.partial(steps.init, run.model.init, tx)
@@ -139,10 +140,11 @@ def resolve(run: Run, devices: int) -> Axes:
 def microbatches(run: Run, axes: Axes, chip: Chip) -> int:
     """How many microbatches a step is cut into when the run does not say.
 
-    Accelerators: one. On a CPU activations that stay in cache are worth more than long products.
+    Accelerators and pipelines, which cut their own: one. On a CPU activations that stay in cache are worth more than
+    long products.
     """
     rows = run.batch // math.prod(getattr(axes, a) for a in axes_of(run.layout.inner.get("B")))
-    if chip.platform != "cpu" or rows < 1:
+    if chip.platform != "cpu" or rows < 1 or axes.stage > 1:
         return 1
     wanted = min(rows, max(1, rows * run.sequence // 1024))
     return max(a for a in range(1, wanted + 1) if rows % a == 0)

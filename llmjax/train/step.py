@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from llmjax.models import nn
+from llmjax.train import pipeline
 from llmjax.train.loss import Batch, Sums
 
 Loss = Callable[[nnx.Module, Batch], tuple[jax.Array, Sums]]
@@ -37,7 +38,7 @@ def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True)
     microbatches or devices changes them. Without, they are the plain sum over examples, as textbooks write
     w <- w - eta * sum_i(g_i).
     """
-    with_gradient = jax.value_and_grad(loss, has_aux=True)
+    with_gradient = pipeline.value_and_grad(loss) if pipeline.by_hand() else jax.value_and_grad(loss, has_aux=True)
     places = jax.tree.map(lambda weight: jax.typeof(weight).sharding, model)
     if len(jax.tree.leaves(batch)[0]) > 1 and hasattr(model, "blocks"):  # an nn.Decoder
         model = nn.open_sums(model)  # devices exchange gradients once for all microbatches
