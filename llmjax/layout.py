@@ -146,6 +146,7 @@ cp = Layout("cp", params={}, stream=_BATCH | {"T": "context"}, inner=_BATCH | {"
 ring = Layout("ring", params={}, stream=cp.stream, inner=cp.inner | {"S": "context"})
 ep = Layout("ep", {"E": "expert"}, {"B": (*_BATCH["B"], "expert")}, {"B": (*_BATCH["B"], "expert"), "E": "expert"})
 pp = Layout("pp", params={"L": "stage"}, stream=_BATCH, inner=_BATCH)
+# For pp_vp: every stage holds, and computes, its part of the embedding and the head instead of all of them.
 vp = Layout("vp", {"V": "stage"}, _BATCH, _BATCH | {"V": "stage"})
 fsdp_tp = fsdp | tp
 fsdp_tp_sp = fsdp | tp | sp

@@ -33,8 +33,13 @@ what is kept for the backward pass: gpipe and circular keep what all N microbatc
 at most 2 S - 1, from which it computes the stage again (`llmjax.train.pipeline`).
 
 The circular schedule pays for its shorter idling: layers are stored in their order, cut into S equal parts, whatever
-the schedule, so that a checkpoint fits every mesh. Every step deals them out to where they are used, (R - 1) / R of a
-stage's weights, and their gradients back.
+the schedule, so that a checkpoint fits every mesh. Every step deals them out to where they are used, most of a stage's
+weights, and their gradients back.
+
+One program runs on all stages, so embedding and head cannot live on the first and the last alone. With the layout `pp`
+every stage holds them whole, and computes the head in the time in which it would wait for the last one to do so. With
+`pp_vp` their V is cut over the stages as well, weights and optimizer state: gpipe and circular use them so, each stage
+its part of the vocabulary; 1f1b gathers them once per step and uses them whole.
 """
 
 import functools

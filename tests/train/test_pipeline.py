@@ -137,6 +137,26 @@ def test_what_layers_count_is_summed_over_microbatches_and_keeps_its_layer(sched
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), found, result(mesh_of(), nn.Compute()))
 
 
+def test_no_tick_of_a_circular_schedule_keeps_a_copy_of_its_weights():
+    how = nn.Compute(layout=layouts.pp, pipeline=Pipeline("circular", microbatches=4))
+
+    mesh = meshes.abstract_mesh(Axes(**ONE | {"stage": 2}))
+
+    def saved(weight_LDF, x_BTD):
+        def layer(weight_DF, x_BTD, _):
+            return jnp.einsum("BTD,DF->BTF", x_BTD, weight_DF), None
+
+        return jax.vjp(lambda w, x: nn.scan(w, x, None, layer)[0], weight_LDF, x_BTD)[1]
+
+    def shape(sizes, place):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(mesh, place))
+
+    with jax.sharding.use_abstract_mesh(mesh), nn.compute(how):
+        args = shape((4, 64, 64), how.layout.at_rest("LDF")), shape((4, 1, 64), how.layout.activation("BTD"))
+        kept = sum(x.size for x in jax.tree.leaves(jax.eval_shape(saved, *args)))
+    assert kept < 3 * args[0].size, "copies of nine ticks would be more"
+
+
 class CountingModel(LlamaModel):
     def layer(self, block, x_BTD, segments_BT):
         return block(x_BTD, segments_BT)[0], {"tokens": jnp.float32(x_BTD.size)}
