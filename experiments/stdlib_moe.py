@@ -4,7 +4,7 @@
 
 Not yet run to its end, so there is no score to compare with stdlib_tiny's. The two experts of a token, each 352 wide,
 multiply as much as the one feed-forward of 704 there. Experts take at most 1.25 times their mean share of a sequence:
-on a CPU the dropless way (`--model.capacity 0`) computes every expert for every row, and a step took 3.5 times as long.
+on a CPU the dropless way (`--model.capacity 0`) computes every expert for every row, which takes longer.
 Watch `load_max` and `dropped` in metrics.jsonl as the routers become even.
 """
 
