@@ -139,21 +139,23 @@ def experts(
     device sends each way: E·C·D·(n-1)/n per sequence with slots; else SLACK·I·J·D·(n-1)/n per round, in one round
     where load is nearly even and n/SLACK at worst.
     """
-    call = functools.partial(_over_mesh, _way(), choice.score_BTE.shape[-1], slots)
+    # What the layout says is asked here, as JAX traces backward passes where another one may be in force.
+    (B, T), way, stored = nn.how().layout.gathered("BT"), _way(), nn.how().layout.at_rest
+    places = P(B, T), P(B, axes_of(T) + way.pieces), (stored("EDF"), stored("EDF"), stored("EFD"))
+    call = functools.partial(_over_mesh, way, places, choice.score_BTE.shape[-1], slots)
     # Inside another manual region, such as a stage's, JAX cannot pass what a nested one saves to the backward pass: it
     # asks for the outer axis as well. There the backward pass computes the region again.
-    call = _computed_twice(call) if jax.sharding.get_abstract_mesh().manual_axes else call
+    call = jax.checkpoint(_computed_twice(call)) if jax.sharding.get_abstract_mesh().manual_axes else call
     # A shard_map takes no weight whose gradient is to stay open (nn.open_sums): these are summed by every microbatch.
     closed = (nn.at_rest(weight, dims) for weight, dims in zip(weights, ("EDF", "EDF", "EFD"), strict=True))
     y_BTD = call((choice.chosen_BTJ, keep_BTJ), (x_BTD, choice.share_BTJ, *closed))
     return jax.reshard(y_BTD, nn.how().layout.activation("BTD"))
 
 
-def _over_mesh(way, experts, slots, where, values, backwards=None):
+def _over_mesh(way, places, experts, slots, where, values, backwards=None):
     """Runs `_on_device`, or, where `backwards` is the cotangent of its result, its vector-Jacobian product."""
-    (B, T), at_rest = nn.how().layout.gathered("BT"), nn.how().layout.at_rest
-    token, result = P(B, T), P(B, axes_of(T) + way.pieces)
-    places = (token, token, at_rest("EDF"), at_rest("EDF"), at_rest("EFD"))
+    token, result, weights = places
+    places = (token, token, *weights)
     call = functools.partial(_on_device, way, experts, slots)
     region = functools.partial(jax.shard_map, axis_names=set(way.axes()))
     if backwards is None:

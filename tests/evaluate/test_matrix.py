@@ -14,17 +14,22 @@ from llmjax.evaluate.parity import Tolerance, Trace
 from llmjax.mesh import AXES, Axes
 from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
+from llmjax.models.mixtral import Mixtral
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Constant
 from llmjax.run import Run
 from llmjax.train.loss import NextToken
+from llmjax.train.routed import RoutedNextToken
 from meshes import cpu8
 
 KIND = dict(data="dp", stage="pp", fsdp="fsdp", expert="ep", context="ring", tensor="tp")
 SMALL = dict(vocab=96, layers=2, width=32, heads=4, head_dim=8, ff=64, positions=16)
+EXPERTS = dict(kv_heads=2, experts=4, top_k=2) | SMALL
 MODELS = {
     "dense": (Llama(kv_heads=2, **SMALL), NextToken()),
     "gpt2": (GPT2(**SMALL), NextToken(z=1e-3)),
+    "experts": (Mixtral(**EXPERTS), RoutedNextToken()),
+    "slots": (Mixtral(router="sigmoid", shared=1, capacity=1.25, **EXPERTS), RoutedNextToken(balance=1e-4)),
 }
 DENSE = tuple(axis for axis in AXES if axis != "expert")
 FEW = Tolerance(loss=1e-5, gradient=1e-4)
@@ -74,11 +79,29 @@ def test_every_pair_of_axes(pair, capfd):
         ("fsdp_tp_sp_cp", ("fsdp", "tensor", "context")),
         ("fsdp_tp_pp", ("fsdp", "tensor", "stage")),
         ("fsdp_ring_pp", ("fsdp", "context", "stage")),
-        ("tp_ring_pp", ("data", "tensor", "stage")),
+        ("tp_pp", ("data", "tensor", "stage")),
+        ("tp_ring_pp", ("tensor", "context", "stage")),
     ],
 )
 def test_several_triples_of_axes(layout, axes, capfd):
     shows_the_numbers_of_one_device("dense", layout, capfd, **dict.fromkeys(axes, 2))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_every_axis_alone_with_experts(axis, capfd):
+    shows_the_numbers_of_one_device("experts", KIND[axis], capfd, **{axis: 2 if axis in ("stage", "tensor") else 4})
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(AXES, 2)), ids=named)
+def test_every_pair_of_axes_with_experts(pair, capfd):
+    shows_the_numbers_of_one_device("slots", named(pair), capfd, **dict.fromkeys(pair, 2))
+
+
+@pytest.mark.parametrize(
+    "triple", [("fsdp", "expert", "tensor"), ("stage", "fsdp", "expert"), ("data", "expert", "context")], ids=named
+)
+def test_several_triples_of_axes_with_experts(triple, capfd):
+    shows_the_numbers_of_one_device("experts", named(triple), capfd, **dict.fromkeys(triple, 2))
 
 
 @pytest.mark.parametrize("layout", ["fsdp_tp_sp_ring", "fsdp_pp"])
