@@ -297,7 +297,8 @@ def stack(block: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int)
     if stages() == 1:
         return jax.vmap(block)(keys)
     place = jax.P(pipeline.STAGE)
-    return jax.shard_map(jax.vmap(block), in_specs=place, out_specs=place, axis_names={pipeline.STAGE})(keys)
+    own = jax.shard_map(jax.vmap(block), in_specs=place, out_specs=place, axis_names={pipeline.STAGE})
+    return own(jax.reshard(keys, place))
 
 
 def scan(
