@@ -145,7 +145,7 @@ def experts(
     call = functools.partial(_over_mesh, way, places, choice.score_BTE.shape[-1], slots)
     # Inside another manual region, such as a stage's, JAX cannot pass what a nested one saves to the backward pass: it
     # asks for the outer axis as well. There the backward pass computes the region again.
-    call = jax.checkpoint(_computed_twice(call)) if jax.sharding.get_abstract_mesh().manual_axes else call
+    call = _computed_twice(call) if jax.sharding.get_abstract_mesh().manual_axes else call
     # A shard_map takes no weight whose gradient is to stay open (nn.open_sums): these are summed by every microbatch.
     closed = (nn.at_rest(weight, dims) for weight, dims in zip(weights, ("EDF", "EDF", "EFD"), strict=True))
     y_BTD = call((choice.chosen_BTJ, keep_BTJ), (x_BTD, choice.share_BTJ, *closed))
@@ -168,7 +168,9 @@ def _over_mesh(way, places, experts, slots, where, values, backwards=None):
 
 
 def _computed_twice(call):
-    twice = jax.custom_vjp(call)
+    """`call` with a backward pass that keeps nothing of it; `jax.checkpoint` for the reason that `ring` gives."""
+    call = jax.checkpoint(call)
+    twice = jax.custom_vjp(lambda *inputs: call(*inputs))
     twice.defvjp(lambda *inputs: (call(*inputs), inputs), lambda inputs, cotangent: (None, call(*inputs, cotangent)))
     return twice
 
