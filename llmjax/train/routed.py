@@ -43,7 +43,8 @@ class RoutedNextToken:
         """The loss of what the layers counted, each with a leading L."""
         sums = {name: jnp.sum(counted[name]) for name in ("dropped", "balance", "router_z")}
         loss = self.balance * sums["balance"] + self.router_z * sums["router_z"]
-        return loss, dict(load_LE=counted["load_E"], **sums)
+        load_LE = jax.reshard(counted["load_E"], jax.P(None, None))  # every process can read it
+        return loss, dict(load_LE=load_LE, **sums)
 
     def rebalance(self, model: nnx.Module, sums: Sums) -> nnx.Module:
         """The model with its routers' biases moved towards an even load, given the sums of a whole step."""

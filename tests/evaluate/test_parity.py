@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import subprocess
 import sys
 
 import jax
@@ -39,21 +40,22 @@ def test_equal_numbers_pass():
 
 def test_a_broken_layout_is_caught_and_its_parameter_named(monkeypatch):
     """Tensor parallelism that forgets to add up one product's gradient over the devices that share it."""
-    whole = nn._project_backward
+    whole = nn._slopes
 
-    def forgetful(subscripts, saved, cotangent):
-        into_x, into_weight = whole(subscripts, saved, cotangent)
-        if nn.how().layout.name == "broken" and subscripts == "BTF,FD->BTD":
+    def forgetful(subscripts, x, weights, cotangents):
+        into_x, into_weights = whole(subscripts, x, weights, cotangents)
+        if nn.how().layout.name == "broken" and subscripts == ("BTF,FD->BTD",):
 
             def own(x, cotangent):  # no psum, though every device says that it holds the sum
                 return jax.numpy.einsum("BTF,BTD->FD", x, cotangent)
 
-            into_weight = jax.shard_map(
+            into_weights = jax.shard_map(
                 own, in_specs=jax.P(("data", "fsdp")), out_specs=jax.P(), axis_names={"data", "fsdp"}, check_vma=False
-            )(saved[0], cotangent)
-        return into_x, into_weight
+            )(x, *cotangents)
+            into_weights = (into_weights,)
+        return into_x, into_weights
 
-    monkeypatch.setattr(nn._project, "bwd", forgetful)
+    monkeypatch.setattr(nn, "_slopes", forgetful)
     verdict = compare(traced(layouts.dp, 1), traced(dataclasses.replace(layouts.dp, name="broken"), 8))
     assert not verdict.passed and verdict.first == "blocks.down_FD"
     assert verdict.gradient > 0.1
@@ -114,7 +116,7 @@ def test_a_tolerance_that_rounding_exceeds_fails_with_code_1(shell):
     [
         ("parity tutorial_mlp", "tutorial_mlp is no language model: give one of the others"),
         ("parity --meshes v5p_64", "mesh v5p_64 is 64 chips that this machine does not have: compare on emulated"),
-        ("parity --layouts fsdp_pt", "there is no layout named 'fsdp_pt': did you mean tp?"),
+        ("parity --layouts fsdp_pt", "there is no layout named 'fsdp_pt': did you mean"),
         ("parity --layouts ring --full --sequence 18", "sequence is 18, which 2 x context 2 pieces of a ring do not"),
         ("parity --json nowhere/x.json", "is no folder: make it, or choose another file"),
     ],
@@ -128,3 +130,26 @@ def test_an_axis_named_for_two_dims_of_an_array_is_refused():
     twice = dataclasses.replace(layouts.dp, name="twice", inner=layouts.dp.inner | {"T": "data"})
     with pytest.raises(Refused, match="layout twice cuts two dims of an array BT over 'data': name an axis for one"):
         twice.gathered("BT")
+
+
+def test_experts_that_rounding_chose_otherwise_end_the_comparison_and_many_others_fail_it():
+    good = traced(layouts.dp, 1)
+    chosen = [np.full((2, 4), 256.0)] * 3
+    moved = chosen[0] + [[1, -1, 0, 0], [0, 0, 0, 0]]
+    one = dataclasses.replace(good, loads=chosen)
+    late = dataclasses.replace(one, losses=good.losses * [1, 1, 1.1], loads=[*chosen[:2], moved])
+    assert compare(one, late).passed and compare(one, late).rounded == 2
+    assert not compare(one, dataclasses.replace(late, losses=good.losses * [1, 1.1, 1])).passed
+    assert not compare(one, dataclasses.replace(late, loads=[moved] * 3)).passed  # the weights were still the same
+    many = chosen[0] + [[50, -50, 0, 0], [0, 0, 0, 0]]
+    assert not compare(one, dataclasses.replace(late, loads=[*chosen[:2], many])).passed
+
+
+def test_five_axes_at_once_give_the_numbers_of_one_device(tmp_path):
+    line = """parity stdlib_moe --meshes cpu32 --layouts fsdp_tp_ep_ring_pp --model.layers 2 --json found.json"""
+    done = subprocess.run(
+        [sys.executable, "-m", "llmjax.cli", *line.split()], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (result,) = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert sorted(result["axes"].values()) == [1, 2, 2, 2, 2, 2] and result["passed"]
