@@ -41,7 +41,8 @@ def logits(x_BTD: jax.Array, router_DE: nnx.Param) -> jax.Array:
 
 def softmax(logits_BTE: jax.Array, top_k: int) -> Choice:
     """The `top_k` largest logits, weighed by a softmax over them alone (Mixtral, arXiv:2401.04088)."""
-    highest_BTJ, chosen_BTJ = jax.lax.top_k(logits_BTE, top_k)
+    chosen_BTJ = highest(logits_BTE, top_k)
+    highest_BTJ = jnp.take_along_axis(logits_BTE, chosen_BTJ, -1)
     return Choice(jax.nn.softmax(logits_BTE), jax.nn.softmax(highest_BTJ), chosen_BTJ)
 
 
@@ -52,9 +53,17 @@ def sigmoid(logits_BTE: jax.Array, bias_E: nnx.Param, top_k: int) -> Choice:
     """
     score_BTE = jax.nn.sigmoid(logits_BTE)
     bias_E = jax.lax.stop_gradient(jax.reshard(bias_E[...], P(None)))
-    _, chosen_BTJ = jax.lax.top_k(jax.lax.stop_gradient(score_BTE) + bias_E[None, None], top_k)
+    chosen_BTJ = highest(score_BTE + bias_E[None, None], top_k)
     share_BTJ = jnp.take_along_axis(score_BTE, chosen_BTJ, -1)
     return Choice(_normalised(score_BTE), _normalised(share_BTJ), chosen_BTJ)
+
+
+def highest(score_BTE: jax.Array, top_k: int) -> jax.Array:
+    """The numbers of the `top_k` experts with the highest scores, [B, T, J], the highest first, of equals the first.
+
+    Each device sorts its own tokens: for `jax.lax.top_k` XLA gathers those of all devices.
+    """
+    return jnp.argsort(-jax.lax.stop_gradient(score_BTE), -1)[..., :top_k]
 
 
 def rebalanced(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:
@@ -157,7 +166,9 @@ def _over_mesh(way, places, experts, slots, where, values, backwards=None):
     token, result, weights = places
     places = (token, token, *weights)
     call = functools.partial(_on_device, way, experts, slots)
-    region = functools.partial(jax.shard_map, axis_names=set(way.axes()))
+    # Manual over every axis, also those that cut nothing here: jax 0.12 takes no psum_scatter beside explicit axes.
+    mesh = jax.sharding.get_abstract_mesh()
+    region = functools.partial(jax.shard_map, axis_names={*mesh.axis_names} - {*mesh.manual_axes})
     if backwards is None:
         return region(call, in_specs=(token, places), out_specs=result)(where, values)
 
@@ -183,9 +194,6 @@ class _Way(NamedTuple):
     hidden: tuple[str, ...]  # cut F in use: the result is a sum over them
     pieces: tuple[str, ...]  # of those, cut T between blocks
     gathered: tuple[tuple[str, ...], ...]  # cut E, D and F only where weights are stored
-
-    def axes(self) -> tuple[str, ...]:
-        return tuple(sorted({*self.tokens, *self.hidden, *(axis for axes in self.gathered for axis in axes)}))
 
     def gather(self, dims: str) -> list[tuple[int, tuple[str, ...]]]:
         """(dim, axes) for all that a weight with these dims is gathered over."""
@@ -285,7 +293,7 @@ def _in_rounds(way, mlp, experts, x_ID, chosen_IJ, share_IJ):
     order = jnp.argsort(chosen_IJ.reshape(-1))
     expert = chosen_IJ.reshape(-1)[order]
     ends = jnp.searchsorted(expert, here * jnp.arange(ways + 1))  # of what goes to one device
-    needed = jax.lax.pmax(jnp.max(-(-jnp.diff(ends) // M)), way.axes())
+    needed = jax.lax.pmax(jnp.max(-(-jnp.diff(ends) // M)), way.tokens)
 
     def turn(number):
         place = ends[:-1, None] + number * M + jnp.arange(M)[None]

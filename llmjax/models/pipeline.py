@@ -204,8 +204,11 @@ def deal(tree: Any, laps: int, back: bool = False) -> Any:
     """
     if laps == 1:
         return tree
+    # Manual over all that cuts an array, or jax 0.10 gathers it at the border.
+    places = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+    cutting = {axis for place in jax.tree.leaves(places) for entry in place for axis in axes_of(entry)}
     call = functools.partial(_deal, laps, back)
-    return jax.shard_map(call, in_specs=P(STAGE), out_specs=P(STAGE), axis_names={STAGE})(tree)
+    return jax.shard_map(call, in_specs=(places,), out_specs=places, axis_names={STAGE, *cutting})(tree)
 
 
 def _deal(laps, back, tree):

@@ -1,6 +1,7 @@
 """Every collective of a compiled program is found and named, and training communicates what theory says."""
 
 import functools
+import math
 import re
 
 import jax
@@ -13,12 +14,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
+from llmjax.layout import Pipeline
 from llmjax.mesh import Axes
-from llmjax.models import nn
+from llmjax.models import moe, nn
 from llmjax.models.llama import Llama
+from llmjax.models.mixtral import Mixtral
 from llmjax.plan.collectives import collectives, departures, report, table
 from llmjax.train import step as steps
 from llmjax.train.loss import NextToken
+from llmjax.train.routed import RoutedNextToken
 
 SHAPE, BYTES = (4, 8), 4 * 4 * 8  # what one device holds, in float32
 PAIRS = [(0, 1), (1, 0)]
@@ -193,8 +197,9 @@ def test_bytes_sent_are_those_of_a_ring():
     assert found.sent == 48
 
 
-B, T, D, H, G, K, F, V, L = 16, 32, 40, 8, 4, 14, 72, 48, 3  # B is a microbatch's
-MODEL = Llama(vocab=V, layers=L, width=D, heads=H, kv_heads=G, head_dim=K, ff=F, positions=T)
+B, T, D, H, G, K, F, V, L = 16, 32, 40, 8, 4, 14, 72, 48, 4  # B is a microbatch's
+SHAPES = dict(vocab=V, layers=L, width=D, heads=H, kv_heads=G, head_dim=K, ff=F, positions=T)
+MODEL = Llama(**SHAPES)
 FLOAT = 4  # bytes
 
 ATTENTION, MLP = D * K * (2 * H + 2 * G), 3 * D * F
@@ -204,7 +209,7 @@ SCALES = (2 * L + 1) * D  # of the norms
 STREAM = B * T * D
 KEYS_AND_VALUES = 2 * B * T * G * K
 
-AR, AG, CP = "all-reduce", "all-gather", "collective-permute"
+AR, AG, CP, RS, AA = "all-reduce", "all-gather", "collective-permute", "reduce-scatter", "all-to-all"
 
 
 def tx() -> optax.GradientTransformation:
@@ -212,15 +217,15 @@ def tx() -> optax.GradientTransformation:
 
 
 @functools.cache
-def step(layout: str, axes: Axes, accumulate: int = 1, loss=NextToken()):
-    """The collectives of a train step of MODEL on eight devices."""
+def step(layout: str, axes: Axes, accumulate: int = 1, loss=NextToken(), model=MODEL, pipeline=Pipeline()):
+    """The collectives of a train step on eight devices."""
     layout, mesh = layouts.preset(layout), meshes.device_mesh(axes, jax.devices())
     shape, place = (accumulate, B, T), NamedSharding(mesh, P(None, layout.inner["B"]))
     types = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()}
-    with jax.set_mesh(mesh), nn.compute(nn.Compute(layout=layout)):
+    with jax.set_mesh(mesh), nn.compute(nn.Compute(layout=layout, pipeline=pipeline)):
         state = jax.eval_shape(
-            functools.partial(steps.init, MODEL.init, tx()), jax.eval_shape(lambda: jax.random.key(0))
+            functools.partial(steps.init, model.init, tx()), jax.eval_shape(lambda: jax.random.key(0))
         )
         call = jax.jit(functools.partial(steps.train_step, loss=loss, tx=tx()), donate_argnums=0)
         return collectives(call.lower(state, batch).compile(), mesh)
@@ -320,6 +325,108 @@ ACCUMULATED = {
 }
 
 
+S, N, R = 2, 4, 2  # stages, microbatches of a pipeline, laps of the circular schedule
+PASSED = B * T * D // 4 // N  # what a stage hands to the next: the stream of one microbatch on one of four devices
+STAGE = (LAYERS + 2 * L * D) // S  # the weights of a stage
+ENDS = TABLE + HEAD + D  # all others, which every stage has
+FORWARD_AND_BACKWARD = 2 * (N + S - 1) * PASSED  # a hop in every tick, with nothing of use in as many as stages idle
+# What leaves the last stage is summed over stages, of which one has it and the others zeros, and so is the gradient of
+# what enters the first. 1f1b has neither: embedding and head run in the ticks, and only their gradients are summed.
+BORDERS = 2 * N * PASSED
+# A tick of a lap hops as well. Weights are dealt out to where laps use them, and their gradients back, one group per
+# stage and round; in one of two rounds, with two stages, the groups are where they belong.
+LAPS = 2 * (R * N + S - 1) * PASSED + 2 * STAGE // R
+STAGES = {
+    ("pp", "gpipe"): {
+        (CP, ("stage",)): FORWARD_AND_BACKWARD,
+        (AR, ("stage",)): BORDERS,
+        (AR, ("data",)): STAGE + ENDS,
+    },
+    ("pp", "circular"): {
+        (CP, ("stage",)): LAPS,
+        (AR, ("stage",)): BORDERS,
+        (AR, ("data",)): STAGE + ENDS,
+    },
+    # Two stages drain in one tick, which is no loop, so that XLA leaves out its hop, which nobody needs.
+    ("pp", "1f1b"): {
+        (CP, ("stage",)): FORWARD_AND_BACKWARD - PASSED,
+        (AR, ("data",)): STAGE,
+        (AR, ("data", "stage")): ENDS,
+    },
+    # Weights are gathered, and whole gradients summed, once in a step and outside of the ticks; groups are dealt before
+    # that. The head is outside of the stages, but for 1f1b, and summed as in "fsdp in data".
+    ("fsdp_pp", "gpipe"): {
+        (CP, ("stage",)): FORWARD_AND_BACKWARD,
+        (AR, ("stage",)): BORDERS,
+        (AG, ("fsdp",)): STAGE + ENDS,
+        (AR, ("data", "fsdp")): STAGE + TABLE + D,
+        (AR, ("fsdp",)): HEAD,
+        (AR, ("data",)): HEAD // 2,
+    },
+    ("fsdp_pp", "circular"): {
+        (CP, ("stage",)): 2 * (R * N + S - 1) * PASSED + 2 * STAGE // R // 2,
+        (AR, ("stage",)): BORDERS,
+        (AG, ("fsdp",)): STAGE + ENDS,
+        (AR, ("data", "fsdp")): STAGE + TABLE + D,
+        (AR, ("fsdp",)): HEAD,
+        (AR, ("data",)): HEAD // 2,
+    },
+    ("fsdp_pp", "1f1b"): {
+        (CP, ("stage",)): FORWARD_AND_BACKWARD - PASSED,
+        (AG, ("fsdp",)): STAGE + ENDS,
+        (AR, ("data", "fsdp")): STAGE,
+        (AR, ("data", "stage", "fsdp")): ENDS,
+    },
+}
+
+
+E, CHOICES, WAYS = 8, 2, 4  # experts, those that a token goes to, and devices that share them
+EXPERTS = L * E * 3 * D * F // WAYS  # the weights of experts on a device
+ROUTERS, LOADS = L * D * E, L * E
+BUFFERS = E * math.ceil(1.25 * T * CHOICES / E) * D * B // 8  # E C D for each sequence of a device
+TOKENS = B * T // 8
+SLOTS = math.ceil(moe.SLACK * TOKENS * CHOICES / WAYS)  # rows for each device that a device sends in a round
+# Rounds, if all tokens of a device go to the same two experts. How many there are depends on the load, one where it is
+# nearly even: all are in the program, each under a condition, and are counted here as if run. Every round sends rows,
+# to whom they go, and results; all again in the backward pass, and the gradients of both; and a gradient of weights.
+ROUNDS = math.ceil(TOKENS * CHOICES / SLOTS)
+ROUNDS_OF_ALL_LAYERS = L * ROUNDS * WAYS * SLOTS * (6 * D + 2)
+# Gradients of dense weights, and how many tokens chose an expert, are summed over all devices, gradients of experts over
+# those that have the same experts. Routers are stored in parts, as experts are.
+SPARSE = {
+    ("ep", 1.25): {
+        (AA, ("expert",)): 4 * L * BUFFERS,  # there and back, forward and backward
+        (AG, ("expert",)): ROUTERS,
+        (AR, ("data", "expert")): L * ATTENTION + TABLE + HEAD + SCALES + ROUTERS + LOADS,
+        (AR, ("data",)): EXPERTS,
+    },
+    ("ep", 0.0): {
+        (AA, ("expert",)): ROUNDS_OF_ALL_LAYERS,
+        (AG, ("expert",)): ROUTERS,
+        (AR, ("data", "expert")): L * ATTENTION + TABLE + HEAD + SCALES + ROUTERS + LOADS,
+        (AR, ("data",)): ROUNDS * EXPERTS,
+    },
+    ("fsdp_ep", 1.25): {
+        (AA, ("expert",)): 4 * L * BUFFERS,
+        (AG, ("fsdp",)): 2 * L * ATTENTION + 2 * EXPERTS + TABLE + HEAD + SCALES + ROUTERS,
+        (AG, ("expert",)): ROUTERS // 2,
+        (RS, ("fsdp",)): EXPERTS,
+        (AR, ("fsdp",)): L * ATTENTION + HEAD,
+        (AR, ("expert",)): (L * ATTENTION + HEAD) // 2,
+        (AR, ("fsdp", "expert")): TABLE + SCALES + ROUTERS + LOADS,
+    },
+    ("fsdp_ep", 0.0): {
+        (AA, ("expert",)): ROUNDS_OF_ALL_LAYERS,
+        (AG, ("fsdp",)): 2 * L * ATTENTION + 3 * ROUNDS * EXPERTS + TABLE + HEAD + SCALES + ROUTERS,
+        (AG, ("expert",)): ROUTERS // 2,
+        (RS, ("fsdp",)): ROUNDS * EXPERTS,
+        (AR, ("fsdp",)): L * ATTENTION + HEAD,
+        (AR, ("expert",)): (L * ATTENTION + HEAD) // 2,
+        (AR, ("fsdp", "expert")): TABLE + SCALES + ROUTERS + LOADS,
+    },
+}
+
+
 def in_bytes(numbers: dict) -> dict:
     return {key: FLOAT * count for key, count in numbers.items()}
 
@@ -335,6 +442,34 @@ def test_a_step_communicates_what_theory_says_and_nothing_else(case):
 def test_gradients_of_several_microbatches_are_exchanged_once(case):
     found = step(case.split()[0], THEORY[case][0], A)
     assert not departures(found, in_bytes(ACCUMULATED[case])), report(found)
+
+
+@pytest.mark.parametrize(("layout", "schedule"), STAGES)
+def test_stages_pass_on_one_activation_per_tick_and_exchange_weights_and_gradients_once(layout, schedule):
+    mesh = axes(stage=S, data=4) if layout == "pp" else axes(stage=S, data=2, fsdp=2)
+    found = step(layout, mesh, pipeline=Pipeline(schedule, microbatches=N, repeats=R))
+    assert not departures(found, in_bytes(STAGES[layout, schedule])), report(found)
+    assert all(x.count == 1 for x in found if x.axes != ("stage",)), "outside of the ticks"
+
+
+@pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11),
+    reason="jax 0.10 gathers what a stage takes, gives and saves over explicit axes at the border of its region",
+)
+@pytest.mark.parametrize("schedule", ["gpipe", "circular", "1f1b"])
+def test_nothing_is_gathered_over_tensor_at_the_border_of_a_stage(schedule):
+    found = step("fsdp_tp_pp", axes(stage=S, fsdp=2, tensor=2), pipeline=Pipeline(schedule, N, repeats=R))
+    gathered = {key: size for key, size in table(found).items() if key[0] == AG}
+    matrices = LAYERS // S + TABLE + HEAD
+    assert gathered == in_bytes({(AG, ("fsdp",)): matrices // 2 + (2 * L // S + 1) * D}), report(found)
+
+
+@pytest.mark.parametrize(("layout", "capacity"), SPARSE)
+def test_tokens_travel_to_experts_and_back_and_experts_gradients_do_not(layout, capacity):
+    mesh = axes(expert=WAYS, **{"data" if layout == "ep" else "fsdp": 2})
+    model = Mixtral(**SHAPES, experts=E, top_k=CHOICES, capacity=capacity)
+    found = step(layout, mesh, loss=RoutedNextToken(), model=model)
+    assert not departures(found, in_bytes(SPARSE[layout, capacity])), report(found)
 
 
 def wasteful(model, batch):
