@@ -225,6 +225,8 @@ _WORDS = dict(
     V="model.vocab", P="model.positions", T="sequence",
 )  # fmt: skip
 
+_TYPICAL, _TYPICAL_WEIGHTS = ("BTD", "BTHK", "BTGK", "BTF", "BTV"), ("VD", "LDHK", "LDGK", "LEDF")
+
 
 def _check_batch(run: Run, axes: Axes, accumulate: int) -> None:
     factors = {axis: getattr(axes, axis) for axis in layouts.axes_of(run.layout.inner.get("B"))}
@@ -266,6 +268,10 @@ def _check_local(run: Run, axes: Axes) -> None:
 
 
 def _check_model(run: Run, axes: Axes) -> None:
+    for dims in _TYPICAL:
+        run.layout.activation(dims)  # refuses an axis named for two of them
+    for dims in _TYPICAL_WEIGHTS:
+        run.layout.at_rest(dims)
     model, letters = run.model, dict(run.model.sizes())
     sizes = {_WORDS.get(letter, letter): size for letter, size in letters.items()}
     for field, size in (sizes | {"model.layers": getattr(model, "layers", 1)}).items():

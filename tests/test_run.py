@@ -249,3 +249,18 @@ def test_a_model_without_letters_is_checked_by_its_batch_alone():
     checked(other)
     with pytest.raises(Refused, match="batch is 12, which data 8 does not divide"):
         checked(changed(other, batch=12))
+
+
+@pytest.mark.parametrize(
+    ("part", "more", "words"),
+    [
+        ("stream", {"T": "data"}, "cuts two dims of an array BTD over 'data': name an axis for one of B and T"),
+        ("inner", {"T": "tensor"}, "cuts two dims of an array BTHK over 'tensor': name an axis for one of T and H"),
+        ("params", {"V": "fsdp"}, "cuts two dims of an array VD over 'fsdp': name an axis for one of V and D"),
+    ],
+)
+def test_a_layout_that_names_an_axis_twice_for_one_array_is_refused(part, more, words):
+    whole = layouts.fsdp_tp
+    twice = dataclasses.replace(whole, name="mine", **{part: dict(getattr(whole, part)) | more})
+    with pytest.raises(Refused, match=words):
+        checked(changed(TINY, layout=twice))
