@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
-from llmjax.errors import Refused
 from llmjax.layout import axes_of
 from llmjax.models import nn
 from llmjax.models.pipeline import STAGE, axes, backward_at, cut, forward_at, put, shift, ticks, ways, whole
@@ -27,11 +26,9 @@ def by_hand() -> bool:
 def value_and_grad(loss: Callable) -> Callable:
     """What `jax.value_and_grad(loss, has_aux=True)` is, ((total, sums), gradients) of (model, batch), through 1F1B.
 
-    The model is an `nn.Decoder`, and the loss has `of(logits_BTV, batch)`. Embedding, head and loss are computed on
-    every stage with whole weights, and what they give is used on the first and the last: the others would wait.
-
-    Raises:
-      Refused: the model's layers count something.
+    The model is an `nn.Decoder`, and the loss has `of(logits_BTV, batch)` and, if layers count what it looks at,
+    `of_layers(counted)`, which is linear. Embedding, head and loss are computed on every stage with whole weights, and
+    what they give is used on the first and the last: the others would wait.
     """
 
     def call(model, batch):
@@ -42,13 +39,16 @@ def value_and_grad(loss: Callable) -> Callable:
         on_stage = jax.shard_map(
             functools.partial(nn.inside, own, functools.partial(_on_stage, loss, N, own)),
             in_specs=(P(), P(STAGE), P(None, own[1:])),
-            out_specs=(P(), (P(), P(STAGE))),
+            out_specs=(P(), P(STAGE), (P(), P(STAGE))),
             axis_names={*own},
         )
         ends, blocks = _apart(model)
         parts = jax.tree.map(functools.partial(cut, N=N), batch)
-        results, grads = on_stage(whole(ends, own), whole(blocks, own[1:]), parts)
-        return results, jax.tree.map(lambda g, w: jax.reshard(g, jax.typeof(w).sharding), _joined(*grads), model)
+        (total, sums), counted, grads = on_stage(whole(ends, own), whole(blocks, own[1:]), parts)
+        if counted:
+            more, routed = loss.of_layers(counted)
+            total, sums = total + more, sums | routed
+        return (total, sums), jax.tree.map(lambda g, w: jax.reshard(g, jax.typeof(w).sharding), _joined(*grads), model)
 
     return call
 
@@ -58,6 +58,7 @@ def _on_stage(loss, N, own, ends, blocks, batch_N):
     first, last, kept = stage == 0, stage == stages - 1, 2 * stages - 1
     ends, blocks = jax.lax.pcast(ends, own, to="varying"), jax.lax.pcast(blocks, own[1:], to="varying")
     batch_N = jax.lax.pcast(batch_N, STAGE, to="varying")
+    nothing = 0 * sum(map(jax.lax.axis_index, own))  # makes what it is added to vary over all of them
 
     def batch(n):
         return jax.tree.map(lambda x: x[n], batch_N)
@@ -66,13 +67,10 @@ def _on_stage(loss, N, own, ends, blocks, batch_N):
         return ends.embed(batch(n)["tokens"])
 
     def layers(n, blocks, x_BTD):
-        x_BTD, sums = nn.layers(ends.layer, blocks, x_BTD, batch(n).get("segments"))
-        if sums is not None:
-            raise Refused(
-                f"pipeline.schedule is 1f1b, which has no way for what the layers of {type(ends).__name__} count over "
-                f"a batch: choose gpipe or circular."
-            )
-        return x_BTD
+        x_BTD, counted = nn.layers(ends.layer, blocks, x_BTD, batch(n).get("segments"))
+        if not hasattr(loss, "of_layers"):
+            return x_BTD, None
+        return x_BTD, jax.tree.map(lambda x: x + nothing.astype(x.dtype), counted)
 
     def head(n, ends, x_BTD):
         return loss.of(ends.head(x_BTD), batch(n))
@@ -80,45 +78,51 @@ def _on_stage(loss, N, own, ends, blocks, batch_N):
     def forward(inbox_BTD, kept_NBTD, t):
         n, *_ = forward_at(t, stage, N)
         x_BTD = jnp.where(first, embed(n, ends), inbox_BTD)
-        return layers(n, blocks, x_BTD), put(kept_NBTD, x_BTD, (t - stage) % kept)  # n % kept, or a slot that is free
+        return layers(n, blocks, x_BTD)[0], put(
+            kept_NBTD, x_BTD, (t - stage) % kept
+        )  # n % kept, or a slot that is free
 
-    def backward(cotangent_BTD, kept_NBTD, grads, t):
+    def backward(cotangent_BTD, kept_NBTD, total, t):
         n, real = backward_at(t, stage, stages, N)
-        _, slopes = jax.vjp(functools.partial(layers, n), blocks, kept_NBTD[n % kept])
-        into_blocks, cotangent_BTD = slopes(jnp.where(real, cotangent_BTD, 0))
+        (_, counted), slopes = jax.vjp(functools.partial(layers, n), blocks, kept_NBTD[n % kept])
+        into_counted = None if counted is None else jax.grad(lambda counted: loss.of_layers(counted)[0])(counted)
+        only = functools.partial(jax.tree.map, lambda x: jnp.where(real, x, 0))
+        into_blocks, cotangent_BTD = slopes(only((cotangent_BTD, into_counted)))
         _, slope = jax.vjp(functools.partial(embed, n), ends)
         (into_ends,) = slope(jnp.where(first, cotangent_BTD, 0))
-        return cotangent_BTD, jax.tree.map(jnp.add, grads, (into_ends, into_blocks))
+        return cotangent_BTD, jax.tree.map(jnp.add, total, ((into_ends, into_blocks), only(counted)))
 
     def filling(carry, t):
-        inbox_BTD, back_BTD, kept_NBTD, grads = carry
+        inbox_BTD, back_BTD, kept_NBTD, total = carry
         x_BTD, kept_NBTD = forward(inbox_BTD, kept_NBTD, t)
-        return (shift(x_BTD, 1), back_BTD, kept_NBTD, grads), None
+        return (shift(x_BTD, 1), back_BTD, kept_NBTD, total), None
 
     def steady(carry, t):
-        inbox_BTD, back_BTD, kept_NBTD, (into_ends, into_blocks) = carry
+        inbox_BTD, back_BTD, kept_NBTD, ((into_ends, into_blocks), counted) = carry
         x_BTD, kept_NBTD = forward(inbox_BTD, kept_NBTD, t)
         n, *_ = forward_at(t, stage, N)
-        total, slopes, sums = jax.vjp(functools.partial(head, n), ends, x_BTD, has_aux=True)
-        more, turned_BTD = slopes(jnp.where(last, jnp.ones_like(total), 0))
-        grads = jax.tree.map(jnp.add, into_ends, more), into_blocks
-        back_BTD, grads = backward(jnp.where(last, turned_BTD, back_BTD), kept_NBTD, grads, t)
-        return (shift(x_BTD, 1), shift(back_BTD, -1), kept_NBTD, grads), (total, sums)
+        nats, slopes, sums = jax.vjp(functools.partial(head, n), ends, x_BTD, has_aux=True)
+        more, turned_BTD = slopes(jnp.where(last, jnp.ones_like(nats), 0))
+        total = (jax.tree.map(jnp.add, into_ends, more), into_blocks), counted
+        back_BTD, total = backward(jnp.where(last, turned_BTD, back_BTD), kept_NBTD, total, t)
+        return (shift(x_BTD, 1), shift(back_BTD, -1), kept_NBTD, total), (nats, sums)
 
     def draining(carry, t):
-        inbox_BTD, back_BTD, kept_NBTD, grads = carry
-        back_BTD, grads = backward(back_BTD, kept_NBTD, grads, t)
-        return (inbox_BTD, shift(back_BTD, -1), kept_NBTD, grads), None
+        inbox_BTD, back_BTD, kept_NBTD, total = carry
+        back_BTD, total = backward(back_BTD, kept_NBTD, total, t)
+        return (inbox_BTD, shift(back_BTD, -1), kept_NBTD, total), None
 
     x_BTD = jnp.zeros_like(embed(0, ends))
     kept_NBTD = jnp.broadcast_to(x_BTD[None], (kept, *x_BTD.shape))
-    carry, t, results = (x_BTD, x_BTD, kept_NBTD, jax.tree.map(jnp.zeros_like, (ends, blocks))), 0, None
+    zero = jax.tree.map(jnp.zeros_like, ((ends, blocks), layers(0, blocks, x_BTD)[1]))
+    carry, t, results = (x_BTD, x_BTD, kept_NBTD, zero), 0, None
     for phase, count in zip((filling, steady, draining), ticks("1f1b", stages, N), strict=True):
         carry, found = jax.lax.scan(phase, carry, jnp.arange(t, t + count))
         t, results = t + count, found or results
     results = jax.tree.map(lambda x_N: jax.lax.psum(jnp.where(last, jnp.sum(x_N, 0), 0), own), results)
-    into_ends, into_blocks = carry[-1]
-    return results, (jax.lax.psum(into_ends, own), jax.lax.psum(into_blocks, own[1:]))
+    (into_ends, into_blocks), counted = carry[-1]
+    counted, into_blocks = jax.lax.psum((counted, into_blocks), own[1:])
+    return results, counted, (jax.lax.psum(into_ends, own), into_blocks)
 
 
 def _apart(model: nnx.Module) -> tuple[nnx.Module, nnx.Module]:

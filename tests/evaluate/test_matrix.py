@@ -11,6 +11,7 @@ from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.evaluate import parity
 from llmjax.evaluate.parity import Tolerance, Trace
+from llmjax.layout import Pipeline
 from llmjax.mesh import AXES, Axes
 from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
@@ -36,22 +37,22 @@ FEW = Tolerance(loss=1e-5, gradient=1e-4)
 
 
 @functools.cache
-def traced(model: str, layout: str, sizes: tuple[tuple[str, int], ...]) -> Trace:
+def traced(model: str, layout: str, sizes: tuple[tuple[str, int], ...], schedule: str = "gpipe") -> Trace:
     """Five steps of a model under a layout on a mesh."""
     config, loss = MODELS[model]
     run = Run(
         model=config, data=None, optimizer=AdamW(lr=3e-3, schedule=Constant()), loss=loss, mesh=cpu8.cluster,
-        layout=layouts.preset(layout), batch=8, sequence=16, accumulate=1, remat="full",
+        layout=layouts.preset(layout), pipeline=Pipeline(schedule), batch=8, sequence=16, accumulate=1, remat="full",
     )  # fmt: skip
     axes = Axes(**(dict.fromkeys(AXES, 1) | dict(sizes)))
     mesh = meshes.device_mesh(axes, jax.devices()[: math.prod(axes.sizes())])
     return parity.trace(run, mesh, cpu8.cluster.chip, 5)
 
 
-def shows_the_numbers_of_one_device(model: str, layout: str, capfd=None, **sizes: int) -> None:
+def shows_the_numbers_of_one_device(model: str, layout: str, capfd=None, schedule="gpipe", **sizes: int) -> None:
     one = traced(model, "dp", ())
     assert one.losses[-1] < one.losses[0], "it does not learn, so the curve says nothing"
-    verdict = parity.compare(one, traced(model, layout, tuple(sizes.items())), FEW)
+    verdict = parity.compare(one, traced(model, layout, tuple(sizes.items()), schedule), FEW)
     assert verdict.passed, verdict
     if capfd:
         assert "rematerialization" not in capfd.readouterr().err
@@ -109,3 +110,8 @@ def test_the_other_family_too(layout, capfd):
     shows_the_numbers_of_one_device(
         "gpt2", layout, capfd, fsdp=2, **({"stage": 2} if "pp" in layout else {"context": 2, "tensor": 2})
     )
+
+
+@pytest.mark.parametrize(("model", "axes"), [("slots", ("stage", "fsdp", "expert")), ("experts", ("stage", "tensor"))])
+def test_a_backward_pass_placed_by_hand_with_experts(model, axes, capfd):
+    shows_the_numbers_of_one_device(model, named(axes), capfd, "1f1b", **dict.fromkeys(axes, 2))

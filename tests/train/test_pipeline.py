@@ -13,7 +13,6 @@ from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.checkpoint.checkpoints import like, named
 from llmjax.data.dataset import Synthetic
-from llmjax.errors import Refused
 from llmjax.layout import Pipeline, axes_of
 from llmjax.mesh import Axes
 from llmjax.models import nn
@@ -160,17 +159,6 @@ def test_no_tick_of_a_circular_schedule_keeps_a_copy_of_its_weights():
 class CountingModel(LlamaModel):
     def layer(self, block, x_BTD, segments_BT):
         return block(x_BTD, segments_BT)[0], {"tokens": jnp.float32(x_BTD.size)}
-
-
-def test_layers_that_count_are_refused_under_1f1b():
-    how = nn.Compute(layout=layouts.pp, pipeline=Pipeline("1f1b"))
-    mesh = meshes.abstract_mesh(Axes(**ONE | {"stage": 2}))
-    with jax.sharding.use_abstract_mesh(mesh), nn.compute(how):
-        build = functools.partial(CountingModel, FAMILIES["llama"])
-        model = jax.eval_shape(build, jax.eval_shape(lambda: jax.random.key(0)))
-        parts = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(False).items()}
-        with pytest.raises(Refused, match=r"1f1b, .* CountingModel count over a batch: choose gpipe or circular\."):
-            jax.eval_shape(functools.partial(steps.gradients, loss=LOSS), model, parts)
 
 
 def timetable(schedule: str, stages: int, N: int, laps: int):
