@@ -47,6 +47,8 @@ class Collective:
     "The traced operation and, where known, file:line. For a combined one, of all or of the first."
     groups: str
     "The groups of devices as the program writes them."
+    computation: str
+    "The part of the program that holds it, such as a loop's body or a condition's branch, by its name there."
 
     @property
     def bytes(self) -> int:
@@ -99,7 +101,7 @@ def collectives(
             continue
         arrays = _payload(kind, x, module.computations[ran.computation], ways)
         axes = _axes(groups, mesh, kind == "collective-permute")
-        found.append(Collective(kind, axes, ways, arrays, ran.count, module.source(x), raw))
+        found.append(Collective(kind, axes, ways, arrays, ran.count, module.source(x), raw, ran.computation))
     return found
 
 

@@ -391,8 +391,8 @@ SLOTS = math.ceil(moe.SLACK * TOKENS * CHOICES / WAYS)  # rows for each device t
 # to whom they go, and results; all again in the backward pass, and the gradients of both; and a gradient of weights.
 ROUNDS = math.ceil(TOKENS * CHOICES / SLOTS)
 ROUNDS_OF_ALL_LAYERS = L * ROUNDS * WAYS * SLOTS * (6 * D + 2)
-# Gradients of dense weights, and how many tokens chose an expert, are summed over all devices, gradients of experts
-# over those that have the same experts. Routers are stored in parts, as experts are.
+# Gradients of dense weights, and how many tokens chose an expert, are summed over all devices, those of experts over
+# devices that have the same experts. Routers are stored in parts, as experts are.
 SPARSE = {
     ("ep", 1.25): {
         (AA, ("expert",)): 4 * L * BUFFERS,  # there and back, forward and backward

@@ -24,6 +24,7 @@ from llmjax.models.llama import Llama
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Constant
 from llmjax.optim.sgd import SGD
+from llmjax.plan.collectives import collectives
 from llmjax.run import DiLoCo, Run, check
 from llmjax.train import diloco
 from llmjax.train import step as steps
@@ -99,66 +100,22 @@ def compiled_exchange(run: Run) -> jax.stages.Compiled:
         return jax.jit(functools.partial(diloco.exchange, part=whole, how=run.local)).lower(state).compile()
 
 
-SIZES = dict(f32=4, s32=4, u32=4, bf16=2, u16=2, s8=1, u8=1, pred=1)
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-
-
 def crossing(program: jax.stages.Compiled, run: Run) -> list[tuple[str, str, float]]:
     """(computation, dtype, bytes that a device sends) of every array in a collective that joins several workers."""
-    found, computation, devices = [], "", np.prod(run.axes.sizes())
-    for line in program.as_text().splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            computation = line.removeprefix("ENTRY ").split()[0]
-        op = re.search(rf" = (.*?) ({KINDS})(?:-start)?\(", line)
-        n = max(len({i // (devices // run.axes.data) for i in group}) for group in groups_of(line)) if op else 1
-        if n > 1:
-            pieces = re.findall(r"(\w+)\[([\d,]*)\]", op[1])
-            shares = {"all-reduce": 2 * (n - 1) / n, "all-gather": (n - 1) / n, "all-to-all": (n - 1) / n}
-            if op[2] == "all-to-all":  # one piece for each worker, itself among them
-                assert len(pieces) in (1, n)
-            for dtype, shape in pieces:
-                numbers = np.prod([int(d) for d in shape.split(",") if d])
-                found.append((computation, dtype, shares[op[2]] * SIZES[dtype] * numbers))
-    return found
-
-
-def groups_of(line: str) -> list[list[int]]:
-    """The devices that a collective joins, in each of HLO's notations."""
-    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
-        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims, order = ([int(i) for i in part.split(",")] if part else None for part in iota.groups())
-        return np.arange(np.prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
-    [(axes, joined)] = re.findall(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", line)
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
-    over = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", joined)]
-    ids = np.moveaxis(np.arange(np.prod([*sizes.values()])).reshape([*sizes.values()]), over, range(len(over)))
-    return ids.reshape(np.prod(ids.shape[: len(over)]), -1).T.tolist()
+    found = [x for x in collectives(program, meshes.abstract_mesh(run.axes)) if diloco.WORKERS in x.axes or not x.axes]
+    return [(x.computation, a.dtype, x.count * x.sent * a.bytes / x.bytes) for x in found for a in x.arrays]
 
 
 def branches(program: jax.stages.Compiled) -> list[str]:
     """The computations that the conditional chooses among: no exchange, each fragment, and all of them if several."""
     hlo = program.as_text()
     [names] = re.findall(r"branch_computations=\{(.*?)\}", hlo) or re.findall(r"(true_computation=.*)", hlo)
-    return re.findall(r"%[\w.]+", names)
+    return re.findall(r"%([\w.]+)", names)
 
 
 def held(run: Run) -> int:
     """Bytes of the model on one device."""
     return bytes_per_device(program(run).abstract_state().model, program(run).mesh)
-
-
-def test_collectives_are_found_in_every_notation():
-    """So that finding none says something."""
-    two, four = [[0, 4], [1, 5], [2, 6], [3, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert groups_of("replica_groups={{0,4},{1,5},{2,6},{3,7}}, x") == two
-    assert groups_of("replica_groups=[4,2]<=[2,4]T(1,0), x") == two
-    assert groups_of("replica_groups=[1,8]<=[8], x") == [list(range(8))]
-    assert groups_of("replica_groups=mesh['a'=2,'b'=4] {'a'}, x") == two
-    assert groups_of("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','b'}, x") == four
-    assert groups_of("source_target_pairs={{0,4},{4,0}}, x") == [[0, 4], [4, 0]]
-    line = "%f (x: f32[4]) -> f32[4] {\n  %a = (s8[1,6]{1,0}, s8[1,6]{1,0}) all-to-all(%x, %y), replica_groups={{0,4}}"
-    assert crossing(types.SimpleNamespace(as_text=lambda: line), TINY) == [("%f", "s8", 3.0)] * 2
 
 
 def test_between_exchanges_nothing_crosses_data_and_an_exchange_sends_the_parameters_once():
@@ -255,9 +212,9 @@ def test_what_cuts_a_worker_changes_nothing_and_nothing_is_gathered_at_a_border(
     _, cut_losses = train(run, start(run), 0, 10)
     np.testing.assert_allclose(cut_losses, losses, rtol=1e-5)
     assert "rematerialization" not in capfd.readouterr().err
-    collectives = [line for line in compiled(run).as_text().splitlines() if re.search(rf" ({KINDS})\(", line)]
-    assert collectives
-    assert not [line for line in collectives if re.search(r'op_name="[^"]*shard_map"', line)]
+    found = collectives(compiled(run), program(run).mesh)
+    assert found
+    assert not [x for x in found if re.search(r"shard_map(?![/\w])", x.source)]
 
 
 def test_a_run_stopped_between_exchanges_continues_bit_for_bit_and_on_other_devices_of_a_worker(tmp_path):
