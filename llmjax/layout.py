@@ -190,6 +190,9 @@ def manual(call: Callable, axis: str, in_specs: Any, out_specs: Any) -> Callable
     def over(body: Callable) -> Callable:
         return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, axis_names={axis}, check_vma=False)
 
+    if jax.__version_info__ >= (0, 11):
+        return over(call)
+
     def inside(x) -> P:
         spec = (part if isinstance(part, tuple) else (part,) for part in jax.typeof(x).sharding.spec)
         return P(*(tuple(a for a in part if a not in (None, axis)) or None for part in spec))

@@ -236,7 +236,10 @@ def enter(x_BTD: jax.Array) -> jax.Array:
 
 def embed(tokens_BT: jax.Array, table_VD: nnx.Param) -> jax.Array:
     """Rows of the table."""
-    place = P(*how().layout.in_use("VD"), reduced=jax.typeof(table_VD[...]).sharding.spec.reduced)
+    V, D = how().layout.in_use("VD")
+    if jax.__version_info__ >= (0, 11) and not _opens():
+        V = None  # where some axes are manual, XLA of jax 0.12 aborts at a lookup in a table cut over V
+    place = P(V, D, reduced=jax.typeof(table_VD[...]).sharding.spec.reduced)
     table = jax.reshard(table_VD[...].astype(how().operands), place).astype(how().activations)
     found_BTD = table.at[tokens_BT].get(out_sharding=how().layout.gathered("BTD"))  # a table cut over V stays so
     return jax.reshard(found_BTD, how().layout.activation("BTD"))
