@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_every_kind_of_parallelism_over_two_processes_gives_the_numbers_of_one_device(tmp_path):
     line = """launch --processes 2 --devices 1 parity stdlib_moe --meshes local --axes.data 1 --steps 2
         --model.layers 2 --layouts fsdp tp cp ring ep pp --json found.json"""

@@ -67,6 +67,7 @@ def test_every_axis_alone(axis, capfd):
     shows_the_numbers_of_one_device("dense", KIND[axis], capfd, **{axis: 2 if axis in ("stage", "tensor") else 4})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", list(itertools.combinations(DENSE, 2)), ids=named)
 def test_every_pair_of_axes(pair, capfd):
     shows_the_numbers_of_one_device("dense", named(pair), capfd, **dict.fromkeys(pair, 2))
@@ -93,6 +94,7 @@ def test_every_axis_alone_with_experts(axis, capfd):
     shows_the_numbers_of_one_device("experts", KIND[axis], capfd, **{axis: 2 if axis in ("stage", "tensor") else 4})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", list(itertools.combinations(AXES, 2)), ids=named)
 def test_every_pair_of_axes_with_experts(pair, capfd):
     shows_the_numbers_of_one_device("slots", named(pair), capfd, **dict.fromkeys(pair, 2))

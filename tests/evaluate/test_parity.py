@@ -145,6 +145,7 @@ def test_experts_that_rounding_chose_otherwise_end_the_comparison_and_many_other
     assert not compare(one, dataclasses.replace(late, loads=[*chosen[:2], many])).passed
 
 
+@pytest.mark.slow
 def test_five_axes_at_once_give_the_numbers_of_one_device(tmp_path):
     line = """parity stdlib_moe --meshes cpu32 --layouts fsdp_tp_ep_ring_pp --model.layers 2 --json found.json"""
     done = subprocess.run(
