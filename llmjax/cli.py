@@ -189,41 +189,36 @@ def _train(run: "Run", arguments: list[str]) -> int:
 
 
 def _bench(run: "Run", arguments: list[str]) -> int:
-    import tyro
-
     from llmjax.commands.bench import Timing, bench
-    from llmjax.processes import Processes
-    from llmjax.run import Run
-
-    @dataclasses.dataclass(frozen=True)
-    class Bench:
-        run: Annotated[Run, tyro.conf.arg(name="")]
-        timing: Annotated[Timing, tyro.conf.arg(name="")] = Timing()
-        processes: Processes = Processes()
 
     about = f"Times the train step of {run.name} on random tokens; writes nothing but --json."
-    asked = parse(Bench(run), arguments, f"bench {run.name}", about)
-    return bench(asked.run, asked.processes, asked.timing)
+    return bench(*_with_options(run, Timing(), arguments, "bench", about))
 
 
 def _parity(run: "Run", arguments: list[str]) -> int:
-    import tyro
-
     from llmjax.commands.parity import Options, parity
     from llmjax.mesh import Axes
+
+    about = f"Trains a few steps of {run.name}, made small, under many layouts and on one device, and compares."
+    short = dataclasses.replace(run, steps=5, axes=Axes())
+    return parity(*_with_options(short, Options(), arguments, "parity", about))
+
+
+def _with_options(run: "Run", options: Any, arguments: list[str], command: str, about: str) -> tuple[Any, ...]:
+    """(run, processes, options) with the command line's changes, for a command that has options besides the run's."""
+    import tyro
+
     from llmjax.processes import Processes
     from llmjax.run import Run
 
     @dataclasses.dataclass(frozen=True)
-    class Parity:
+    class Asked:
         run: Annotated[Run, tyro.conf.arg(name="")]
-        options: Annotated[Options, tyro.conf.arg(name="")] = Options()
+        options: Annotated[type(options), tyro.conf.arg(name="")]
         processes: Processes = Processes()
 
-    about = f"Trains a few steps of {run.name}, made small, under many layouts and on one device, and compares."
-    short = dataclasses.replace(run, steps=5, axes=Axes())
-    asked = parse(Parity(short), arguments, f"parity {run.name}", about)
-    return parity(asked.run, asked.processes, asked.options)
+    asked = parse(Asked(run, options), arguments, f"{command} {run.name}", about)
+    return asked.run, asked.processes, asked.options
 
 
 def _generate(arguments: list[str]) -> int:

@@ -9,12 +9,10 @@ means tensor dimension.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
-import jax
 from jax import P
-from jax.sharding import AxisType
 
 from llmjax.errors import Refused, did_you_mean
 from llmjax.mesh import AXES
@@ -151,17 +149,7 @@ vp = Layout("vp", {"V": "stage"}, _BATCH, _BATCH | {"V": "stage"})
 fsdp_tp = fsdp | tp
 fsdp_tp_sp = fsdp | tp | sp
 
-KINDS = {
-    "dp": dp,
-    "fsdp": fsdp,
-    "tp": tp,
-    "sp": sp,
-    "cp": cp,
-    "ring": ring,
-    "ep": ep,
-    "pp": pp,
-    "vp": vp,
-}
+KINDS = {layout.name: layout for layout in (dp, fsdp, tp, sp, cp, ring, ep, pp, vp)}
 
 
 def preset(name: str) -> Layout:
@@ -177,35 +165,3 @@ def preset(name: str) -> Layout:
                 f"join any of {', '.join(KINDS)} with _, as in fsdp_tp."
             )
     return functools.reduce(Layout.__or__, (KINDS[part] for part in name.split("_")))
-
-
-def manual(call: Callable, axis: str, in_specs: Any, out_specs: Any) -> Callable:
-    """`jax.shard_map` of `call` over one axis; what the other axes cut stays cut by them, inside and on the way.
-
-    On a mesh whose axes are all explicit, the shard_map of jax 0.10 over some of them gathers its arguments and its
-    results over all others. It does not where those are auto, so they are, at the border. Not to be differentiated
-    through. The specs name `axis` alone, and may be prefixes of the arguments' and the results' trees.
-    """
-
-    def over(body: Callable) -> Callable:
-        return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, axis_names={axis}, check_vma=False)
-
-    if jax.__version_info__ >= (0, 11):
-        return over(call)
-
-    def inside(x) -> P:
-        spec = (part if isinstance(part, tuple) else (part,) for part in jax.typeof(x).sharding.spec)
-        return P(*(tuple(a for a in part if a not in (None, axis)) or None for part in spec))
-
-    def mapped(*arguments):
-        mesh = jax.sharding.get_abstract_mesh()
-        others = tuple(
-            a
-            for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if a != axis and kind == AxisType.Explicit
-        )
-        body = jax.sharding.explicit_axes(call, axes=others, in_sharding=jax.tree.map(inside, arguments))
-        results = jax.tree.map(lambda x: x.sharding.spec, jax.eval_shape(over(call), *arguments))
-        return jax.sharding.auto_axes(over(body), axes=others, out_sharding=results)(*arguments)
-
-    return mapped

@@ -159,7 +159,7 @@ class Checkpoints:
                 else "start afresh with another --name"
             )
             raise Refused(f"checkpoint {path} cannot be read ({cause(error, path)}): {remedy}.", DATA) from error
-        sys.unraisablehook = hook
+        sys.unraisablehook = hook  # only where all went well: after a failure the others speak when they are collected
 
     @contextlib.contextmanager
     def _failures(self, step: int):

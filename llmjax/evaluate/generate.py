@@ -97,7 +97,7 @@ def complete(
         )
     shape = jax.sharding.get_abstract_mesh().shape
     ways = math.prod(shape[a] for a in axes_of(nn.how().layout.inner.get("B")))
-    stream = math.prod(shape[a] for a in axes_of(nn.how().layout.stream.get("T")))
+    stream = 2 * math.prod(shape[a] for a in axes_of(nn.how().layout.stream.get("T")))  # a ring has two pieces each
     rows = -(-len(prompts) // ways) * ways  # whole rows for every device; the spare ones repeat the first prompt
     width = min(positions, -(-(longest + how.tokens) // math.lcm(stream, 64)) * math.lcm(stream, 64))
     tokens_BT, length_B = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)

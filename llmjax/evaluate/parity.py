@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from llmjax.checkpoint.checkpoints import named
 from llmjax.mesh import Chip
 from llmjax.optim.schedules import Constant
-from llmjax.run import Run
+from llmjax.run import DiLoCo, Run
 from llmjax.train.program import Program, make
 
 SMALL = dict(vocab=128, layers=4, width=64, head_dim=16, ff=128, shared_ff=64, experts=8, positions=32)
@@ -101,8 +101,10 @@ class Kept:
 
 
 def trace(run: Run, mesh: Mesh, chip: Chip, steps: int) -> Trace:
-    """Trains a few steps in float32 on batches that depend on the run's seed alone."""
-    kept = dataclasses.replace(run, optimizer=Kept(run.optimizer, run.clip), clip=0.0, dtype="float32", steps=steps)
+    """Trains a few steps in float32 on batches that depend on the run's seed alone; local SGD is left out."""
+    kept = dataclasses.replace(
+        run, optimizer=Kept(run.optimizer, run.clip), clip=0.0, dtype="float32", steps=steps, local=DiLoCo(every=0)
+    )
     program = make(kept, mesh, chip)
     losses, norms, loads, gradients = [], [], [], {}
     with program.context():
@@ -117,18 +119,21 @@ def trace(run: Run, mesh: Mesh, chip: Chip, steps: int) -> Trace:
     return Trace(np.array(losses), np.array(norms), loads, gradients, _arrays(state.model))
 
 
+def stream(random: np.random.Generator, rows: int, length: int, vocab: int) -> np.ndarray:
+    """Tokens with something to learn, int32 [rows, length]: nine of ten follow from the one before."""
+    tokens = random.integers(0, vocab, (rows, length), np.int32)
+    for t in range(1, length):
+        tokens[:, t] = np.where(random.random(rows) < 0.1, tokens[:, t], (5 * tokens[:, t - 1] + 3) % vocab)
+    return tokens
+
+
 def batch(program: Program, step: int) -> dict[str, jax.Array]:
     """Tokens with something to learn, some targets masked, and two or three documents in every row."""
     run, random = program.run, np.random.default_rng((program.run.seed, step))
-    shape = (run.batch, run.sequence + 1)
-    tokens = random.integers(0, run.model.vocab, shape)
-    for t in range(1, shape[1]):  # most tokens follow from the one before
-        tokens[:, t] = np.where(
-            random.random(shape[0]) < 0.1, tokens[:, t], (5 * tokens[:, t - 1] + 3) % run.model.vocab
-        )
+    tokens = stream(random, run.batch, run.sequence + 1, run.model.vocab)
     whole = dict(
-        tokens=tokens[:, :-1].astype(np.int32),
-        targets=tokens[:, 1:].astype(np.int32),
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
         weights=(random.random((run.batch, run.sequence)) < 0.9).astype(np.float32),
         segments=np.cumsum(random.random((run.batch, run.sequence)) < 1.5 / run.sequence, 1).astype(np.int32),
     )

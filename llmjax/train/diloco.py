@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from types import EllipsisType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import P
+from jax.sharding import AxisType
 
-from llmjax.layout import manual
 from llmjax.models import nn
 from llmjax.run import DiLoCo
 from llmjax.train import step as steps
@@ -87,7 +88,7 @@ def inner_step(
         return state.step, *jax.tree.map(lambda x: x[None], (state.model, state.opt, metrics))
 
     own = P(WORKERS)
-    each = manual(worker, WORKERS, in_specs=(P(), own, own, P(None, WORKERS)), out_specs=(P(), own, own, own))
+    each = _among_workers(worker, in_specs=(P(), own, own, P(None, WORKERS)), out_specs=(P(), own, own, own))
     step, models, opts, metrics = each(state.step, state.opt.models, state.opt.opts, batch)
     return steps.State(step, state.model, Outer(state.opt.momentum, models, opts)), metrics
 
@@ -204,3 +205,35 @@ def _within_a_worker() -> Iterator[None]:
     how = nn.how()
     with nn.compute(dataclasses.replace(how, layout=how.layout.without(WORKERS))):
         yield
+
+
+def _among_workers(call: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`jax.shard_map` of `call` over the workers; what the other axes cut stays cut by them, inside and on the way.
+
+    On a mesh whose axes are all explicit, the shard_map of jax 0.10 over some of them gathers its arguments and its
+    results over all others. It does not where those are auto, so they are, at the border. Not to be differentiated
+    through. The specs name the workers' axis alone, and may be prefixes of the arguments' and the results' trees.
+    """
+
+    def over(body: Callable) -> Callable:
+        return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, axis_names={WORKERS}, check_vma=False)
+
+    if jax.__version_info__ >= (0, 11):
+        return over(call)
+
+    def inside(x) -> P:
+        spec = (part if isinstance(part, tuple) else (part,) for part in jax.typeof(x).sharding.spec)
+        return P(*(tuple(a for a in part if a not in (None, WORKERS)) or None for part in spec))
+
+    def mapped(*arguments):
+        mesh = jax.sharding.get_abstract_mesh()
+        others = tuple(
+            a
+            for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if a != WORKERS and kind == AxisType.Explicit
+        )
+        body = jax.sharding.explicit_axes(call, axes=others, in_sharding=jax.tree.map(inside, arguments))
+        results = jax.tree.map(lambda x: x.sharding.spec, jax.eval_shape(over(call), *arguments))
+        return jax.sharding.auto_axes(over(body), axes=others, out_sharding=results)(*arguments)
+
+    return mapped

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
+from llmjax.evaluate.parity import stream
 from llmjax.models import nn
 from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
@@ -43,17 +44,6 @@ def context(layout: str, devices: int):
     return mesh, layout, nn.compute(nn.Compute(layout=layout))
 
 
-def tokens(step: int) -> np.ndarray:
-    """A stream with something to learn: most tokens follow from the one before."""
-    random = np.random.default_rng(step)
-    rows = [random.integers(0, 96, (BATCH, 1))]
-    for _ in range(SEQUENCE):
-        rows.append(
-            np.where(random.random((BATCH, 1)) < 0.1, random.integers(0, 96, (BATCH, 1)), (5 * rows[-1] + 3) % 96)
-        )
-    return np.concatenate(rows, 1).astype(np.int32)
-
-
 @functools.cache
 def gradients(layout: str, devices: int):
     """The gradient as a compiled function, and the weights to start from; the part that all optimizers share."""
@@ -76,7 +66,7 @@ def losses(optimizer: str, layout: str, devices: int) -> np.ndarray:
     with jax.set_mesh(mesh), compute:
         state, found = jax.jit(tx.init)(model), []
         for i in range(STEPS):
-            rows = tokens(i)[None]
+            rows = stream(np.random.default_rng(i), BATCH, SEQUENCE + 1, 96)[None]
             batch = dict(
                 tokens=rows[..., :-1], targets=rows[..., 1:], weights=np.ones((1, BATCH, SEQUENCE), np.float32)
             )

@@ -453,7 +453,7 @@ def test_stages_pass_on_one_activation_per_tick_and_exchange_weights_and_gradien
 
 
 @pytest.mark.skipif(
-    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11),
+    jax.__version_info__ < (0, 11),
     reason="jax 0.10 gathers what a stage takes, gives and saves over explicit axes at the border of its region",
 )
 @pytest.mark.parametrize("schedule", ["gpipe", "circular", "1f1b"])

@@ -5,16 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import NamedSharding
 
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.checkpoint.checkpoints import like, named
+from llmjax.evaluate.parity import Kept, stream
 from llmjax.models import nn
 from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
+from llmjax.optim.adamw import AdamW
+from llmjax.optim.schedules import Constant
 from llmjax.train import step as steps
 from llmjax.train.loss import NextToken
 
@@ -26,31 +28,7 @@ FAMILIES = {
 BATCH, SEQUENCE, STEPS = 8, 16, 20
 
 
-def tokens(step: int) -> np.ndarray:
-    """A stream with something to learn: most tokens follow from the one before."""
-    random = np.random.default_rng(step)
-    rows = [random.integers(0, 96, (BATCH, 1))]
-    for _ in range(SEQUENCE):
-        rows.append(
-            np.where(random.random((BATCH, 1)) < 0.1, random.integers(0, 96, (BATCH, 1)), (5 * rows[-1] + 3) % 96)
-        )
-    return np.concatenate(rows, 1).astype(np.int32)
-
-
-def keeping_gradients(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` with the last gradients in its state: one program, the one that trains, gives both curve and gradients."""
-
-    def init(model):
-        return jax.tree.map(jnp.zeros_like, model), tx.init(model)
-
-    def update(grads, state, model):
-        updates, own = tx.update(grads, state[1], model)
-        return updates, (grads, own)
-
-    return optax.GradientTransformation(init, update)
-
-
-TX, LOSS = keeping_gradients(optax.adamw(1e-2)), NextToken()
+TX, LOSS = Kept(AdamW(lr=1e-2, schedule=Constant()), clip=0).build(STEPS), NextToken()
 
 
 def context(layout: layouts.Layout, devices: int):
@@ -93,7 +71,7 @@ def curve(family: str, layout: str, devices: int):
     sharding = NamedSharding(mesh, jax.P(None, layout.inner["B"]))
 
     def batch(step):
-        rows = tokens(step)[None]
+        rows = stream(np.random.default_rng(step), BATCH, SEQUENCE + 1, 96)[None]
         parts = dict(tokens=rows[..., :-1], targets=rows[..., 1:], weights=np.ones((1, BATCH, SEQUENCE), np.float32))
         return jax.device_put(parts, sharding)
 
