@@ -211,10 +211,12 @@ def _with_options(run: "Run", options: Any, arguments: list[str], command: str, 
     from llmjax.processes import Processes
     from llmjax.run import Run
 
+    kind = type(options)
+
     @dataclasses.dataclass(frozen=True)
     class Asked:
         run: Annotated[Run, tyro.conf.arg(name="")]
-        options: Annotated[type(options), tyro.conf.arg(name="")]
+        options: Annotated[kind, tyro.conf.arg(name="")]
         processes: Processes = Processes()
 
     asked = parse(Asked(run, options), arguments, f"{command} {run.name}", about)

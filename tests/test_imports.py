@@ -15,6 +15,7 @@ ORDER = (
     ("names", "mesh"),
     ("layout",),
     ("run", "processes"),
+    ("checks",),
     ("models", "optim", "data", "checkpoint"),
     ("train",),
     ("plan",),

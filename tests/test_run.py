@@ -12,6 +12,7 @@ import experiments
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax import run as runs
+from llmjax.checks import check
 from llmjax.data.dataset import Synthetic
 from llmjax.errors import Refused
 from llmjax.layout import Pipeline
@@ -20,7 +21,7 @@ from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
 from llmjax.models.mixtral import Mixtral
 from llmjax.optim.adamw import AdamW
-from llmjax.run import Run, check, differences, from_json, to_json
+from llmjax.run import Run, differences, from_json, to_json
 from llmjax.train.loss import NextToken
 from llmjax.train.routed import RoutedNextToken
 from meshes import cpu8

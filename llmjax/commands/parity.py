@@ -16,11 +16,12 @@ from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax import names
 from llmjax import processes as system
+from llmjax.checks import check
 from llmjax.errors import DONE, IO, UNEQUAL, Refused
 from llmjax.evaluate.parity import Tolerance, Trace, Verdict, compare, small, trace
 from llmjax.mesh import AXES, Axes, Cluster
 from llmjax.processes import Processes
-from llmjax.run import Run, check, to_json
+from llmjax.run import Run, to_json
 from llmjax.train.display import Display
 from llmjax.train.program import resolve
 

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 
 from llmjax.errors import Refused
-from llmjax.models import moe, nn
+from llmjax.models import moe, nn, routers
 from llmjax.models.llama import Llama, LlamaBlock, LlamaModel, Sums, swiglu
 
 
@@ -77,18 +77,18 @@ class MixtralBlock(LlamaBlock):
     @jax.named_scope("mlp")
     def mlp(self, x_BTD: jax.Array) -> tuple[jax.Array, Sums]:
         c, T = self.c, x_BTD.shape[1]
-        logits_BTE = moe.logits(x_BTD, self.router_DE)
+        logits_BTE = routers.logits(x_BTD, self.router_DE)
         if c.router == "softmax":
-            choice = moe.softmax(logits_BTE, c.top_k)
+            choice = routers.softmax(logits_BTE, c.top_k)
         else:
-            choice = moe.sigmoid(logits_BTE, self.router_bias_E, c.top_k)
-        slots = moe.slots(c.capacity, T, c.top_k, c.experts) if c.capacity else T
-        keep_BTJ = moe.within(choice.chosen_BTJ, c.experts, slots) if c.capacity else None
+            choice = routers.sigmoid(logits_BTE, self.router_bias_E, c.top_k)
+        slots = routers.slots(c.capacity, T, c.top_k, c.experts) if c.capacity else T
+        keep_BTJ = routers.within(choice.chosen_BTJ, c.experts, slots) if c.capacity else None
         y_BTD = moe.experts(x_BTD, choice, keep_BTJ, slots, (self.gate_EDF, self.up_EDF, self.down_EFD))
         if c.shared:
             y_BTD += swiglu(x_BTD, self.shared_gate_DF, self.shared_up_DF, self.shared_down_FD)
-        return y_BTD, moe.sums(logits_BTE, choice, keep_BTJ)
+        return y_BTD, routers.sums(logits_BTE, choice, keep_BTJ)
 
 
 class MixtralModel(LlamaModel):
-    """`tokens_BT -> logits_BTV`; see `nn.Decoder`. Its layers count what `moe.sums` names."""
+    """`tokens_BT -> logits_BTV`; see `nn.Decoder`. Its layers count what `routers.sums` names."""

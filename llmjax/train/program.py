@@ -14,10 +14,11 @@ from jax import P
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from llmjax import mesh as meshes
+from llmjax.checks import check
 from llmjax.layout import axes_of
 from llmjax.mesh import Axes, Chip
 from llmjax.models import nn
-from llmjax.run import Run, check
+from llmjax.run import Run
 from llmjax.train import diloco
 from llmjax.train import step as steps
 

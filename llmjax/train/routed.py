@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmjax.models import moe, nn
+from llmjax.models import nn, routers
 from llmjax.train.loss import Batch, NextToken, Sums
 
 
 @dataclasses.dataclass(frozen=True)
 class RoutedNextToken:
-    """`NextToken`, plus losses of the routers over all tokens, added over layers; see `moe.sums` for what they are.
+    """`NextToken`, plus losses of the routers over all tokens, added over layers; see `routers.sums` for what they are.
 
     Per token: nats + `balance` · Σ_layers balance + `router_z` · Σ_layers log²(Z of the router). A router with a bias
     has it moved after every step, by what all experts got in the whole step.
@@ -51,7 +51,7 @@ class RoutedNextToken:
 
         def moved(path, x):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            return moe.rebalanced(x, sums["load_LE"], self.bias_rate) if "router_bias_E" in name else x
+            return routers.rebalanced(x, sums["load_LE"], self.bias_rate) if "router_bias_E" in name else x
 
         return jax.tree_util.tree_map_with_path(moved, model)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.mesh import Axes
-from llmjax.models import moe, nn
+from llmjax.models import moe, nn, routers
 
 B, T, D, F, E, J = 8, 16, 8, 12, 4, 2
 ONE = ("dp", Axes(1, 1, 1, 1, 1, 1))
@@ -98,7 +98,7 @@ def test_experts_and_their_gradients_equal_a_loop_and_a_mask(layout, axes, crowd
     weights = [layout.at_rest(dims) for dims in ("EDF", "EDF", "EFD")]
 
     def ours(chosen_BTJ, kept, x_BTD, share_BTJ, *weights):
-        choice = moe.Choice(jnp.zeros((B, T, E)), share_BTJ, chosen_BTJ)
+        choice = routers.Choice(jnp.zeros((B, T, E)), share_BTJ, chosen_BTJ)
         kept = kept if slots else None
         return moe.experts(x_BTD, choice, kept, slots or T, tuple(map(nnx.Param, weights)))
 
@@ -130,7 +130,7 @@ def test_tokens_travel_by_all_to_all_and_no_device_gathers_experts(slots):
     x, share, *weights = (np.concatenate([a, a]) if len(a) == E else a for a in numbers())
 
     def call(x_BTD, share_BTJ, *weights):
-        choice = moe.Choice(jnp.zeros((B, T, 2 * E)), share_BTJ, jnp.asarray(chosen(False)))
+        choice = routers.Choice(jnp.zeros((B, T, 2 * E)), share_BTJ, jnp.asarray(chosen(False)))
         kept = jnp.ones((B, T, J), bool) if slots else None
         choice, kept = jax.tree.map(lambda x: jax.reshard(x, layout.gathered("BT")), (choice, kept))
         return jnp.sum(moe.experts(x_BTD, choice, kept, slots or T, tuple(map(nnx.Param, weights))))
@@ -143,7 +143,7 @@ def test_tokens_travel_by_all_to_all_and_no_device_gathers_experts(slots):
 
 def test_the_softmax_router_weighs_the_largest_logits_by_a_softmax_over_them():
     logits = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
-    score, share, picked = jax.jit(lambda x: moe.softmax(x, 2))(logits)
+    score, share, picked = jax.jit(lambda x: routers.softmax(x, 2))(logits)
     for at in np.ndindex(2, 3):
         order = np.argsort(-logits[at])[:2]
         powers = np.exp(logits[at].astype(np.float64))
@@ -160,7 +160,7 @@ def test_the_sigmoid_router_s_bias_chooses_and_does_not_weigh():
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
     def slopes(logits, bias):
-        choice = moe.sigmoid(logits, nnx.Param(bias), 2)
+        choice = routers.sigmoid(logits, nnx.Param(bias), 2)
         return jnp.sum(choice.share_BTJ**2), choice
 
     with mesh, compute:
@@ -181,27 +181,27 @@ def test_router_logits_are_exact_where_activations_are_not():
     )
     _, mesh, _ = place_on(*ONE)
     with mesh, nn.compute(nn.Compute(operands="bfloat16", activations="bfloat16")):
-        found = jax.jit(lambda x, w: moe.logits(x, nnx.Param(w)))(jnp.bfloat16(x), router)
+        found = jax.jit(lambda x, w: routers.logits(x, nnx.Param(w)))(jnp.bfloat16(x), router)
     np.testing.assert_allclose(found, np.asarray(jnp.bfloat16(x), np.float64) @ router, rtol=1e-5, atol=1e-5)
 
 
 def test_the_balance_loss_is_its_formula_and_1_per_token_when_even():
     random = np.random.default_rng(0)
     score = random.dirichlet(np.ones(E), (B, T)).astype(np.float32)
-    load = np.asarray(moe.hits(jnp.asarray(chosen(False)), E), np.float32)
+    load = np.asarray(routers.hits(jnp.asarray(chosen(False)), E), np.float32)
     formula = 0.0
     for b in range(B):
         f = [sum(load[b, t, e] for t in range(T)) / T for e in range(E)]
         p = [sum(float(score[b, t, e]) for t in range(T)) / T for e in range(E)]
         formula += T * E / J * sum(fe * pe for fe, pe in zip(f, p, strict=True))
-    np.testing.assert_allclose(moe.balance(jnp.asarray(score), jnp.asarray(load)), formula, rtol=1e-5)
+    np.testing.assert_allclose(routers.balance(jnp.asarray(score), jnp.asarray(load)), formula, rtol=1e-5)
 
     in_turn = np.zeros((1, T, E), np.float32)
     for t in range(T):
         in_turn[0, t, [t % E, (t + 1) % E]] = 1
-    np.testing.assert_allclose(moe.balance(jnp.asarray(score[:1]), jnp.asarray(in_turn)), T, rtol=1e-5)
-    favoured = np.asarray(moe.hits(jnp.argsort(-jnp.asarray(score))[..., :1], E), np.float32)
-    assert moe.balance(jnp.asarray(score), jnp.asarray(favoured)) > 1.01 * B * T
+    np.testing.assert_allclose(routers.balance(jnp.asarray(score[:1]), jnp.asarray(in_turn)), T, rtol=1e-5)
+    favoured = np.asarray(routers.hits(jnp.argsort(-jnp.asarray(score))[..., :1], E), np.float32)
+    assert routers.balance(jnp.asarray(score), jnp.asarray(favoured)) > 1.01 * B * T
 
 
 @pytest.mark.parametrize(("layout", "axes"), [ONE, ("ep_cp", Axes(1, 1, 1, 2, 4, 1)), ("ring", Axes(2, 1, 1, 1, 4, 1))])
@@ -214,9 +214,9 @@ def test_an_expert_drops_exactly_the_later_positions_of_a_sequence(layout, axes,
 
         @jax.jit
         def counted(held_BTJ):
-            keep_BTJ = moe.within(held_BTJ, E, 5)
+            keep_BTJ = routers.within(held_BTJ, E, 5)
             logits_BTE = jax.reshard(jnp.zeros((B, T, E)), layout.gathered("BT"))
-            return keep_BTJ, moe.sums(logits_BTE, moe.Choice(logits_BTE, None, held_BTJ), keep_BTJ)
+            return keep_BTJ, routers.sums(logits_BTE, routers.Choice(logits_BTE, None, held_BTJ), keep_BTJ)
 
         kept, sums = counted(held)
     assert (list(order) != list(range(T))) == (layout.name == "ring")
@@ -227,14 +227,14 @@ def test_an_expert_drops_exactly_the_later_positions_of_a_sequence(layout, axes,
 
 
 def test_slots_are_the_mean_load_times_the_capacity_rounded_up():
-    assert moe.slots(1.0, 16, 2, 4) == 8
-    assert moe.slots(1.1, 16, 2, 4) == 9
-    assert moe.slots(100.0, 16, 2, 4) == 16  # a token goes to an expert once
+    assert routers.slots(1.0, 16, 2, 4) == 8
+    assert routers.slots(1.1, 16, 2, 4) == 9
+    assert routers.slots(100.0, 16, 2, 4) == 16  # a token goes to an expert once
 
 
 def test_a_bias_rises_where_an_expert_got_less_than_the_mean():
     bias_LE, load_LE = np.float32([[0, 0, 1], [0, 0, 0]]), np.float32([[3, 6, 9], [1, 1, 4]])
     _, mesh, compute = place_on(*ONE)
     with mesh, compute:
-        moved = moe.rebalanced(jnp.asarray(bias_LE), jnp.asarray(load_LE), 0.5)
+        moved = routers.rebalanced(jnp.asarray(bias_LE), jnp.asarray(load_LE), 0.5)
     np.testing.assert_array_equal(moved, [[0.5, 0, 0.5], [0.5, 0.5, -0.5]])

@@ -16,6 +16,7 @@ from llmjax import cli
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.checkpoint.checkpoints import Checkpoints, like, named
+from llmjax.checks import check
 from llmjax.commands.train import restore
 from llmjax.data.dataset import Synthetic
 from llmjax.errors import Refused
@@ -25,7 +26,7 @@ from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Constant
 from llmjax.optim.sgd import SGD
 from llmjax.plan.collectives import collectives
-from llmjax.run import DiLoCo, Run, check
+from llmjax.run import DiLoCo, Run
 from llmjax.train import diloco
 from llmjax.train import step as steps
 from llmjax.train.loss import NextToken

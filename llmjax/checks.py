@@ -1,0 +1,175 @@
+"""What a run cannot be, found from its fields alone."""
+
+import math
+from typing import get_args, get_type_hints
+
+from llmjax import layout as layouts
+from llmjax.errors import Refused
+from llmjax.mesh import Axes
+from llmjax.run import DiLoCo, Run
+
+
+def check(run: Run, axes: Axes, accumulate: int) -> None:
+    """Refuses a run whose numbers make no sense or whose shapes cannot be cut over these axes.
+
+    It costs nothing, so it comes before anything is read, built or compiled.
+
+    Raises:
+      Refused: naming the field, its value and what would do.
+    """
+    for field, least in _LEAST.items():
+        if not getattr(run, field) >= least:
+            raise Refused(f"{field} is {getattr(run, field)}: give at least {least}.")
+    if "" in run.prompts:
+        raise Refused("prompts holds an empty text: give each prompt some text, or none with --prompts alone.")
+    _check_batch(run, axes, accumulate)
+    if not run.local.every >= 0:
+        raise Refused(f"local.every is {run.local.every}: give the steps between two exchanges, or 0 for none.")
+    if run.local.every:
+        _check_local(run, axes)
+    if hasattr(run.loss, "of_layers") and not hasattr(run.model, "experts"):
+        raise Refused(
+            f"loss is {type(run.loss).__name__}, but {type(run.model).__name__} has no experts to keep even: "
+            f"use NextToken, or a model with experts such as Mixtral."
+        )
+    if hasattr(run.model, "sizes"):
+        _check_model(run, axes)
+    _check_pipeline(run, axes, accumulate)
+
+
+_LEAST = dict(
+    steps=1, batch=1, sequence=1, accumulate=0, clip=0, seed=0, eval_every=0, eval_rows=1, save_every=0, keep=1
+)
+_WORDS = dict(
+    D="model.width", E="model.experts", H="model.heads", G="model.kv_heads", K="model.head_dim", F="model.ff",
+    V="model.vocab", P="model.positions", T="sequence",
+)  # fmt: skip
+
+_TYPICAL, _TYPICAL_WEIGHTS = ("BTD", "BTHK", "BTGK", "BTF", "BTV"), ("VD", "LDHK", "LDGK", "LEDF")
+
+
+def _check_batch(run: Run, axes: Axes, accumulate: int) -> None:
+    factors = {axis: getattr(axes, axis) for axis in layouts.axes_of(run.layout.inner.get("B"))}
+    factors = {name: size for name, size in (factors | {"accumulate": accumulate}).items() if size > 1}
+    ways = math.prod(factors.values())
+    if run.batch % ways:
+        shown = " x ".join(f"{name} {size}" for name, size in factors.items())
+        raise Refused(
+            f"batch is {run.batch}, which {shown}{f' = {ways}' if len(factors) > 1 else ''} does not divide: "
+            f"use batch {max(1, round(run.batch / ways)) * ways}, or other axes or accumulation."
+        )
+
+
+def _check_local(run: Run, axes: Axes) -> None:
+    local, layers = run.local, getattr(run.model, "layers", 1)
+    if hasattr(run.loss, "of_layers"):
+        raise Refused(
+            f"local.every is {local.every}, but {type(run.loss).__name__} counts loads over all workers: "
+            f"use NextToken, or 0 for synchronous training."
+        )
+    most = min(local.every, layers)
+    if not 0 < local.lr < math.inf:
+        raise Refused(f"local.lr is {local.lr}: give a positive number.")
+    if not 0 <= local.momentum < 1:
+        raise Refused(f"local.momentum is {local.momentum}: give at least 0 and less than 1.")
+    if local.delta not in (deltas := get_args(get_type_hints(DiLoCo)["delta"])):
+        raise Refused(f"local.delta is {local.delta!r}: give one of {', '.join(deltas)}.")
+    if not 1 <= local.fragments <= most:
+        raise Refused(
+            f"local.fragments is {local.fragments}: give 1 to {most}, as there are {layers} layers to part and "
+            f"{local.every} steps to take turns in."
+        )
+    over = [axis for axis in layouts.axes_of(run.layout.params.get("L")) if getattr(axes, axis) > 1]
+    if local.fragments > 1 and over:
+        raise Refused(
+            f"local.fragments is {local.fragments}, but the layers are cut over '{over[0]}': set --local.fragments 1, "
+            f"or --axes.{over[0]} 1."
+        )
+
+
+def _check_model(run: Run, axes: Axes) -> None:
+    for dims in _TYPICAL:
+        run.layout.activation(dims)  # refuses an axis named for two of them
+    for dims in _TYPICAL_WEIGHTS:
+        run.layout.at_rest(dims)
+    model, letters = run.model, dict(run.model.sizes())
+    sizes = {_WORDS.get(letter, letter): size for letter, size in letters.items()}
+    for field, size in (sizes | {"model.layers": getattr(model, "layers", 1)}).items():
+        if size < 1:
+            raise Refused(f"{field} is {size}: give at least 1.")
+    letters["T"] = run.sequence
+    for placement in (run.layout.params, run.layout.inner, run.layout.stream):
+        for letter, value in placement.items():
+            over, size = layouts.axes_of(value), letters.get(letter)
+            ways = math.prod(getattr(axes, axis) for axis in over)
+            if size is not None and size % ways:
+                shown = " x ".join(f"{axis} {getattr(axes, axis)}" for axis in over)
+                raise Refused(
+                    f"{_WORDS.get(letter, letter)} is {size}, which axis {shown} does not divide: "
+                    f"choose a multiple of {ways}, or a smaller {over[0]} axis (--axes.{over[0]})."
+                )
+    for axis in layouts.axes_of(run.layout.inner.get("S")):
+        pieces = 2 * getattr(axes, axis)
+        if pieces > 2 and run.sequence % pieces:
+            raise Refused(
+                f"sequence is {run.sequence}, which 2 x {axis} {pieces // 2} pieces of a ring do not divide: "
+                f"choose a multiple of {pieces}, a smaller {axis} axis (--axes.{axis}), or cp in place of ring."
+            )
+    if run.sequence > getattr(model, "positions", run.sequence):
+        raise Refused(
+            f"sequence is {run.sequence}, longer than the model's {model.positions} positions: "
+            f"lower --sequence or raise --model.positions."
+        )
+    if letters.get("H", 0) % letters.get("G", 1):
+        raise Refused(
+            f"model.heads is {letters['H']}, which model.kv_heads {letters['G']} does not divide: "
+            f"choose a multiple of {letters['G']}, or other kv_heads."
+        )
+
+
+def _check_pipeline(run: Run, axes: Axes, accumulate: int) -> None:
+    how, stages = run.pipeline, _ways(axes, run.layout.params.get("L"))
+    for field, least in dict(microbatches=0, repeats=1).items():
+        if getattr(how, field) < least:
+            raise Refused(f"pipeline.{field} is {getattr(how, field)}: give at least {least}.")
+    if stages == 1:
+        return
+    model, layers = type(run.model).__name__, getattr(run.model, "layers", None)
+    if layers is None:
+        raise Refused(
+            f"axes.stage is {stages}, but {model} has no layers to cut into stages: "
+            f"set it to 1, or choose a model with a field layers."
+        )
+    if how.schedule == "1f1b" and not hasattr(run.loss, "of"):
+        raise Refused(
+            f"pipeline.schedule is 1f1b, which {type(run.loss).__name__} has no loss of logits for: "
+            f"choose gpipe or circular, or give it a method of(logits, batch)."
+        )
+    if layers % (stages * how.laps):
+        ways = f"stage {stages}" + f" x pipeline.repeats {how.laps} = {stages * how.laps}" * (how.laps > 1)
+        raise Refused(
+            f"model.layers is {layers}, which {ways} does not divide: every stage holds as many layers; "
+            f"choose a multiple of {stages * how.laps}, or a smaller stage axis (--axes.stage)."
+        )
+    devices = _ways(axes, run.layout.inner.get("B")) * accumulate
+    rows = run.batch // devices
+    more = -(-rows // max(how.microbatches, stages)) * max(how.microbatches, stages) * devices
+    if 0 < how.microbatches < stages:
+        raise Refused(
+            f"pipeline.microbatches is {how.microbatches}, fewer than the {stages} stages to keep busy: "
+            f"give at least {stages}, or 0 to have it derived."
+        )
+    if how.microbatches and rows % how.microbatches:
+        raise Refused(
+            f"pipeline.microbatches is {how.microbatches}, which does not divide the {rows} rows of a device: "
+            f"use batch {more}, or 0 to have it derived."
+        )
+    if how.parts(rows, stages) < stages:
+        raise Refused(
+            f"batch is {run.batch}, {rows} rows on a device, which cannot be cut into a microbatch for each of "
+            f"{stages} stages: use batch {more}, or a smaller stage axis (--axes.stage)."
+        )
+
+
+def _ways(axes: Axes, value: str | tuple[str, ...] | None) -> int:
+    return math.prod(getattr(axes, axis) for axis in layouts.axes_of(value))
