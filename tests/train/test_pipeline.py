@@ -1,7 +1,6 @@
 """Layers in stages: the numbers of one device, memory bounded by stages under 1F1B, and bubbles as long as they say."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama, LlamaModel
 from llmjax.models.pipeline import backward_at, deals, forward_at, ticks
 from llmjax.optim.adamw import AdamW
+from llmjax.plan.collectives import collectives
 from llmjax.run import Run
 from llmjax.train import program
 from llmjax.train import step as steps
@@ -256,26 +256,20 @@ def test_memory_under_1f1b_is_bounded_by_stages_and_under_gpipe_grows_with_micro
     assert used["1f1b", 4] < used["gpipe", 4]
 
 
-def collectives(hlo: str, kind: str) -> tuple[int, int]:
-    """How many of a kind are (outside of, inside) the loops of a program."""
-    where = dict(re.findall(r"^(?:ENTRY )?(%[\w.\-]+) \(.*?\{\n(.*?)^\}", hlo, re.M | re.S))
-    inside, todo = set(), set(re.findall(r"body=(%[\w.\-]+)", hlo))
-    while todo:
-        name = todo.pop()
-        inside.add(name)
-        todo |= set(re.findall(r"(?:body|condition|calls|to_apply)=(%[\w.\-]+)", where.get(name, ""))) - inside
-    counts = {name: len(re.findall(rf" {kind}(?:-start)?\(", body)) for name, body in where.items()}
-    return sum(c for name, c in counts.items() if name not in inside), sum(counts[name] for name in inside & {*counts})
-
-
 @pytest.mark.parametrize("schedule", ("gpipe", "1f1b"))
 def test_weights_are_gathered_once_per_step_or_in_every_tick_as_the_field_says(schedule):
     mesh, layout = mesh_of(stage=2, fsdp=2), layouts.fsdp | layouts.pp
-    every, once = (compiled(schedule, 4, mesh, layout, gather_once=once).as_text() for once in (False, True))
-    assert collectives(every, "all-gather")[1] >= 7, "the products' weights of a layer"
-    outside, inside = collectives(once, "all-gather")
-    assert inside == 0 and 7 <= outside <= 12, "the model has twelve weights"
-    assert collectives(every, "all-reduce")[1] >= 1 and collectives(once, "all-reduce")[1] == 0, "gradients' sums"
+
+    def exchanged(gather_once: bool, kind: str) -> tuple[int, int]:
+        """How many arrays of a kind are exchanged over fsdp (once, in every tick)."""
+        found = collectives(compiled(schedule, 4, mesh, layout, gather_once=gather_once), mesh)
+        counts = [x.count for x in found if x.kind == kind and "fsdp" in x.axes for _ in x.arrays]
+        return counts.count(1), len(counts) - counts.count(1)
+
+    assert exchanged(False, "all-gather")[1] >= 7, "the products' weights of a layer"
+    once, in_ticks = exchanged(True, "all-gather")
+    assert in_ticks == 0 and 7 <= once <= 12, "the model has twelve weights"
+    assert exchanged(False, "all-reduce")[1] >= 1 and exchanged(True, "all-reduce")[1] == 0, "gradients' sums"
 
 
 def run_of(**fields) -> Run:
