@@ -90,7 +90,7 @@ def test_a_value_that_json_cannot_hold_is_refused_before_it_is_written():
         ('{"is": "llmjax.mesh:Axes"}', "does not hold a run", 65),
         ('{"is": "llmjax.run:Run"}', "no whole Run", 65),
         ('{"is": "llmjax.run:Run", "stpes": 3}', "fields that Run lacks (stpes)", 65),
-        ('{"is": "llmjax.run:check"}', "not a dataclass", 65),
+        ('{"is": "llmjax.run:read"}', "not a dataclass", 65),
         ('{"is": "os:system"}', "not a dataclass", 65),
         ('{"is": "no_such_module:Model"}', "cannot be imported here", 65),
         (b"\xff\xfe", "is not JSON", 65),
