@@ -19,6 +19,19 @@ AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
+class Efficiency:
+    """What training reaches of a chip's peaks. Where each number comes from stands in `meshes/efficiency.py`."""
+
+    matmul: float = 0.7  # of the FLOP/s: large products with weights
+    attention: float = 0.4  # of the FLOP/s: fused causal attention, counting the triangle alone
+    memory: float = 0.8  # of the memory's bandwidth
+    link: float = 0.8  # of the fast network's bandwidth
+    network: float = 0.8  # of the slow network's bandwidth
+    overlap: float = 0.9  # of the time of messages that need not be waited for, what is hidden behind compute
+    doubling: float = 0.0  # time lost, as a share of the step, by every doubling of the parts that a slow network joins
+
+
+@dataclasses.dataclass(frozen=True)
 class Chip:
     """Facts of one JAX device. Where they come from stands beside each value in `meshes/chips.py`."""
 
@@ -30,6 +43,8 @@ class Chip:
     bandwidth: float | None = None  # memory, bytes/s
     link: float | None = None  # fast network, bytes/s, one way: one ICI axis, or NVLink egress
     network: float | None = None  # slow network, bytes/s per chip
+    domain: int = 0  # chips that the fast network joins; 0: all of a slice
+    efficiency: Efficiency = Efficiency()
 
     def named(self, kind: str) -> bool:
         """Whether `device_kind` means this chip: the whole name, as a GH200 is no H200 and an H200 NVL is slower."""

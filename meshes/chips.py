@@ -10,7 +10,7 @@ Sources, by the short names used below:
     jax       jax/_src/pallas/mosaic/tpu_info.py (0.10.2): which device_kind is which chip
 """
 
-from llmjax.mesh import Chip
+from llmjax.mesh import Chip, Efficiency
 
 # A CPU's peak depends on the model, the clock and the cores: nothing here could be true of every machine.
 CPU = Chip("cpu", "cpu", kinds=("cpu",))
@@ -23,6 +23,8 @@ A100 = Chip(
     memory=80e9,  # book-gpu
     bandwidth=2.0e12,  # book-gpu
     link=300e9,  # book-gpu: NVLink egress, nodes of 8
+    network=200e9 / 8,  # nvidia: a DGX A100 has eight HDR links of 25 GB/s for a node's eight chips
+    domain=8,
 )
 H100 = Chip(
     "H100",
@@ -33,6 +35,7 @@ H100 = Chip(
     bandwidth=3.4e12,  # book-gpu
     link=450e9,  # book-gpu: NVLink egress, nodes of 8
     network=400e9 / 8,  # book-gpu: 400 GB/s per node of 8
+    domain=8,
 )
 H200 = Chip(
     "H200",
@@ -43,6 +46,7 @@ H200 = Chip(
     bandwidth=4.8e12,  # book-gpu
     link=450e9,  # book-gpu: as H100
     network=400e9 / 8,  # book-gpu: as H100
+    domain=8,
 )
 B200 = Chip(
     "B200",
@@ -53,6 +57,7 @@ B200 = Chip(
     bandwidth=8.0e12,  # book-gpu
     link=900e9,  # book-gpu: NVLink egress, nodes of 8
     network=400e9 / 8,  # book-gpu: 400 GB/s per node of 8
+    domain=8,
 )
 TPU_V4 = Chip(
     "TPU v4",

@@ -6,8 +6,9 @@ import functools
 import jax
 from flax import nnx
 
-from llmjax.models import nn
+from llmjax.models import nn, shapes
 from llmjax.models.attention import attention
+from llmjax.models.shapes import Matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,14 @@ class GPT2:
         """The model with fresh weights."""
         return GPT2Model(self, key)
 
+    def matrices(self) -> shapes.Matrices:
+        """The weights that tokens are multiplied by, of one layer and of the ends; see `shapes.Matrix`."""
+        attention = Matrix("DHK", 3), Matrix("HKD")
+        return dict(attention=attention, mlp=(Matrix("DF"), Matrix("FD")), head=(Matrix("VD"),))
+
     def flops_per_token(self, sequence: int) -> tuple[float, float]:
-        """Training FLOPs per token, (causal, full): 6 per matmul weight and 12·L·T·H·K for the whole T² square."""
-        weights = self.layers * self.width * (4 * self.heads * self.head_dim + 2 * self.ff) + self.vocab * self.width
-        square = 12 * self.layers * sequence * self.heads * self.head_dim
-        return 6 * weights + square / 2, 6 * weights + square
+        """Training FLOPs per token, (causal, full)."""
+        return shapes.flops_per_token(self, sequence)
 
 
 class GPT2Block(nnx.Module):

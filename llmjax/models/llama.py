@@ -7,8 +7,9 @@ import jax
 from flax import nnx
 
 from llmjax.errors import Refused
-from llmjax.models import nn
+from llmjax.models import nn, shapes
 from llmjax.models.attention import RopeScaling, attention, rope_angles, rotate
+from llmjax.models.shapes import Matrix
 
 Sums = dict[str, jax.Array] | None
 
@@ -60,12 +61,16 @@ class Llama:
         """The model with fresh weights."""
         return LlamaModel(self, key)
 
+    def matrices(self) -> shapes.Matrices:
+        """The weights that tokens are multiplied by, of one layer and of the ends; see `shapes.Matrix`."""
+        attention, mlp = (Matrix("DHK"), Matrix("DGK", 2), Matrix("HKD")), (Matrix("DF", 2), Matrix("FD"))
+        if self.tied:
+            return dict(attention=attention, mlp=mlp, head=(Matrix("VD"),))
+        return dict(attention=attention, mlp=mlp, embedding=(Matrix("VD", share=0),), head=(Matrix("DV"),))
+
     def flops_per_token(self, sequence: int) -> tuple[float, float]:
-        """Training FLOPs per token, (causal, full): 6 per matmul weight and 12·L·T·H·K for the whole T² square."""
-        attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
-        weights = self.layers * (attention + 3 * self.width * self.ff) + self.vocab * self.width
-        square = 12 * self.layers * sequence * self.heads * self.head_dim
-        return 6 * weights + square / 2, 6 * weights + square
+        """Training FLOPs per token, (causal, full)."""
+        return shapes.flops_per_token(self, sequence)
 
 
 class LlamaBlock(nnx.Module):

@@ -9,8 +9,9 @@ from typing import Literal
 import jax
 
 from llmjax.errors import Refused
-from llmjax.models import moe, nn, routers
+from llmjax.models import moe, nn, routers, shapes
 from llmjax.models.llama import Llama, LlamaBlock, LlamaModel, Sums, swiglu
+from llmjax.models.shapes import Matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,11 @@ class Mixtral(Llama):
     def init(self, key: jax.Array) -> "MixtralModel":
         return MixtralModel(self, key, MixtralBlock)
 
-    def flops_per_token(self, sequence: int) -> tuple[float, float]:
-        """Training FLOPs per token, (causal, full), of the experts that a token goes to; see `Llama`."""
-        router = self.layers * self.width * self.experts
-        more = self.layers * 3 * self.width * self.ff * (self.top_k + self.shared - 1) + router
-        causal, full = super().flops_per_token(sequence)
-        return causal + 6 * more, full + 6 * more
+    def matrices(self) -> shapes.Matrices:
+        met = self.top_k / self.experts
+        routed = Matrix("DE"), Matrix("EDF", 2, met), Matrix("EFD", 1, met)
+        shared = (Matrix("DF", 2 * self.shared), Matrix("FD", self.shared)) if self.shared else ()
+        return {**super().matrices(), "mlp": routed + shared}
 
 
 class MixtralBlock(LlamaBlock):

@@ -1,0 +1,34 @@
+"""What a family's config says of its sizes, from which FLOPs, bytes and messages are counted without a trace."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A weight that tokens are multiplied by, or several alike."""
+
+    dims: str
+    count: int = 1
+    "How many there are, in each layer if they are a layer's."
+    share: float = 1
+    "The part of it that one token meets: of 8 experts of whom each token goes to 2, a quarter; of a table, nothing."
+
+    def size(self, sizes: Mapping[str, int]) -> int:
+        """Numbers in all of them."""
+        return self.count * math.prod(sizes[d] for d in self.dims)
+
+
+Matrices = Mapping[str, tuple[Matrix, ...]]  # of one layer: attention, mlp; of the model: embedding, head
+LAYER = ("attention", "mlp")
+
+
+def flops_per_token(model: Any, sequence: int) -> tuple[float, float]:
+    """Training FLOPs per token, (causal, full): 6 per weight that it meets and 12·L·T·H·K for the whole T² square."""
+    sizes, met = model.sizes(), 0.0
+    for module, matrices in model.matrices().items():
+        met += (model.layers if module in LAYER else 1) * sum(m.share * m.size(sizes) for m in matrices)
+    square = 12 * model.layers * sequence * sizes["H"] * sizes["K"]
+    return 6 * met + square / 2, 6 * met + square

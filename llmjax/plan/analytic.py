@@ -1,0 +1,65 @@
+"""Seconds of a train step from the work of one device and a few constants of its chip: the model that needs no compiler."""
+
+import dataclasses
+
+from llmjax.mesh import Axes, Cluster
+from llmjax.plan import links
+from llmjax.plan.work import Message, Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Where the time of a step goes, in seconds."""
+
+    matmul: float
+    attention: float
+    memory: float
+    "Norms, gates, the loss, the optimizer: what waits for memory."
+    exposed: dict[str, float]
+    "Communication that nothing hides, by mesh axes joined with x."
+    bubble: float
+    "Waiting of pipeline stages."
+    host: float
+    "What is left over: starting, waiting for the slowest of many."
+
+    @property
+    def step(self) -> float:
+        return self.matmul + self.attention + self.memory + sum(self.exposed.values()) + self.bubble + self.host
+
+
+def seconds(message: Message, cluster: Cluster, sizes: Axes) -> float:
+    """Time of all runs of a message in a step."""
+    where = links.span(cluster, sizes, message.axes)
+    return message.count * links.seconds(message.kind, message.bytes, where, cluster)
+
+
+def predict(work: Work, cluster: Cluster, sizes: Axes) -> Time:
+    """The time of a step whose work is this.
+
+    Messages of weights and gradients travel while products run: only what exceeds them, and a share of the rest that
+    no schedule hides, is waited for. Messages of activations are waited for.
+    """
+    chip, best = cluster.chip, cluster.chip.efficiency
+    reads = work.weights / (chip.bandwidth * best.memory)
+    matmul = max(sum(work.products.values()) / (chip.flops * best.matmul), reads)
+    attention = work.attention / (chip.flops * best.attention)
+    memory = sum(work.traffic.values()) / (chip.bandwidth * best.memory)
+    compute = matmul + attention + memory
+
+    times = [(message, seconds(message, cluster, sizes)) for message in work.messages]
+    hideable = sum(time for message, time in times if message.hidden)
+    beyond = max(0.0, hideable - compute) + (1 - best.overlap) * min(hideable, compute)
+    exposed: dict[str, float] = {}
+    for message, time in times:
+        waited = time * beyond / hideable if message.hidden and hideable else 0.0 if message.hidden else time
+        axes = " x ".join(message.axes)
+        exposed[axes] = exposed.get(axes, 0.0) + waited
+    busy = compute + sum(exposed.values())
+    bubble = busy * work.bubble
+    return Time(matmul, attention, memory, exposed, bubble, (busy + bubble) * lost(cluster, sizes))
+
+
+def lost(cluster: Cluster, sizes: Axes) -> float:
+    """The share of a step that is lost because many parts of a cluster wait for each other."""
+    parts = links.span(cluster, sizes, ("data", "stage", "fsdp", "expert", "context", "tensor")).outside
+    return cluster.chip.efficiency.doubling * max(0, parts.bit_length() - 1)

@@ -1,0 +1,121 @@
+"""How long a collective takes on the wires of a cluster: a torus of links, NVLink within nodes, a slow network between.
+
+Formulas and their sources: jax-ml/scaling-book, `sharding.md` (torus) and `gpus.md` (nodes).
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Sequence
+
+from llmjax.mesh import AXES, Axes, Cluster
+
+HOP = 1e-6  # seconds from chip to chip in a torus (scaling-book, tpus.md)
+START = {"torus": HOP, "node": 10e-6, "network": 20e-6}  # per collective; calculon's systems/a100_80g.json for GPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Where the members of a group of devices lie."""
+
+    inside: int
+    "Of how many chips of one slice or node the group is made."
+    outside: int
+    "How many slices or nodes it spans."
+    rings: int = 0
+    "Axes of the torus that the part inside uses; 0: there is no torus."
+    wrapped: bool = True
+    "Whether these close to rings, which doubles their bandwidth."
+
+
+def span(cluster: Cluster, sizes: Axes, axes: Sequence[str]) -> Span:
+    """Where the groups over these mesh axes lie: the last axes inside a slice or node, the first ones across."""
+    chips = math.prod(sizes.sizes())
+    domain = cluster.chip.domain or chips // cluster.slices
+    inside, outside, stride = 1, 1, 1
+    for axis in reversed(AXES):
+        size = getattr(sizes, axis)
+        within = math.gcd(size, max(1, domain // stride))
+        if axis in axes:
+            inside, outside = inside * within, outside * size // within
+        stride *= size
+    if cluster.chip.platform != "tpu":
+        return Span(inside, outside)
+    used = torus(cluster, sizes)
+    lengths = [length for axis in axes for length in used.get(axis, ())]
+    return Span(inside, outside, max(1, len(lengths)), all(_wraps(cluster, length) for length in lengths))
+
+
+def torus(cluster: Cluster, sizes: Axes) -> dict[str, tuple[int, ...]]:
+    """The lengths of the torus axes that every mesh axis lies on, the last mesh axis choosing first, as JAX does.
+
+    A mesh axis that is no product of whole torus axes gets a part of one.
+    """
+    chips = math.prod(sizes.sizes()) // cluster.slices
+    free = list(dimensions(cluster.topology, chips))
+    found = {}
+    for axis in reversed(AXES):
+        size = getattr(sizes, axis)
+        size = size // math.gcd(size, cluster.slices) if axis == "data" else size
+        if size == 1:
+            continue
+        ways = range(len(free), 0, -1)
+        choices = (c for n in ways for c in itertools.combinations(free, n) if math.prod(c) == size)
+        chosen = next(choices, None)
+        if chosen is None:
+            chosen, rest = [], size
+            for length in sorted(free, reverse=True):
+                part = math.gcd(length, rest)
+                if part > 1:
+                    free.remove(length)
+                    free += [length // part] if length > part else []
+                    chosen.append(part)
+                    rest //= part
+        else:
+            for length in chosen:
+                free.remove(length)
+        found[axis] = tuple(chosen)
+    return found
+
+
+def dimensions(topology: str, chips: int) -> tuple[int, ...]:
+    """The lengths of a torus: those that the topology's name gives, or the most even ones. A chip of two devices adds 2."""
+    given = tuple(int(n) for n in re.findall(r"\d+", topology.rpartition(":")[2]))
+    if given and chips % math.prod(given) == 0:
+        rest = chips // math.prod(given)
+        return (*given, rest) if rest > 1 else given
+    side = max(n for n in range(1, math.isqrt(chips) + 1) if chips % n == 0)
+    return (side, chips // side)
+
+
+def _wraps(cluster: Cluster, length: int) -> bool:
+    """An axis of a 2-D torus wraps when it is the pod's whole, one of a 3-D torus when it is a multiple of 4."""
+    flat = len(dimensions(cluster.topology, 1)) == 2 or cluster.topology.count("x") == 1
+    return length % 16 == 0 if flat else length % 4 == 0 or length == 2
+
+
+def seconds(kind: str, size: float, where: Span, cluster: Cluster) -> float:
+    """Time of one collective of `size` bytes, V: what one device puts in, or for an all-gather what it gets out.
+
+    The parts inside and across run at the same time, so the slower one counts. An unknown link costs nothing.
+    """
+    chip, best = cluster.chip, cluster.chip.efficiency
+    n, m = where.inside, where.outside
+    inside = outside = 0.0
+    twice = 2 if kind == "all-reduce" else 1
+    permute = kind in ("collective-permute", "send", "collective-broadcast")
+    if n > 1 and chip.link:
+        if where.rings:
+            wide = 2 * chip.link * where.rings * (1 if where.wrapped else 0.5) * best.link
+            share = 0.25 if kind == "all-to-all" else (n - 1) / n
+            inside = size / (chip.link * best.link) if permute else twice * share * size / wide
+            inside = max(inside, HOP * n ** (1 / where.rings))
+        else:
+            share = 1 if permute else (n - 1) / n
+            inside = START["node"] + twice * share * size / (chip.link * best.link)
+    if m > 1 and chip.network:
+        together = n if kind in ("all-reduce", "all-gather", "reduce-scatter") else 1
+        share = 1 if permute else (m - 1) / m
+        outside = START["network"] + twice * share * size / (chip.network * together * best.network)
+    return max(inside, outside)

@@ -1,0 +1,240 @@
+"""What one device does in a train step, counted from the run's fields alone: products, attention, memory traffic, messages.
+
+No tracing and no compiler, so a thousand meshes take a second. `llmjax.plan.analytic` turns it into seconds.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from llmjax.layout import Layout, axes_of
+from llmjax.mesh import AXES, Axes
+from llmjax.models.shapes import LAYER, Matrix
+from llmjax.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Again:
+    """The shares of a layer's forward pass that the backward pass computes again."""
+
+    attention: float = 0.0
+    "Of the products with attention's weights."
+    mlp: float = 0.0
+    "Of the products with the feed-forward's weights."
+    scores: float = 0.0
+    "Of attention itself."
+
+    def of(self, module: str) -> float:
+        return getattr(self, module, 0.0)
+
+
+REMAT = {"none": Again(), "dots": Again(scores=1), "full": Again(1, 1, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a trainer computes what the fields of a run leave open. The defaults are this trainer's."""
+
+    again: Again | None = None
+    "What is computed again; None: what the run's `remat` says."
+    fused: bool = False
+    "Attention in one kernel that skips what lies above the diagonal, instead of scores of T² in memory."
+    gathers: float = 2
+    "How often a layer's weights are gathered for one microbatch."
+    gradient_bytes: int = 4
+    "Bytes of a gradient's number on the network."
+    window: float = 1.0
+    "The part of the causal triangle that sliding windows leave, on average over the layers."
+    state_bytes: float = 28
+    "Bytes that the optimizer reads and writes per parameter."
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """A collective that theory says a step needs."""
+
+    kind: str
+    axes: tuple[str, ...]
+    module: str
+    bytes: float
+    "V of one run, as in `llmjax.plan.collectives`."
+    count: float
+    "Runs in a step."
+    hidden: bool
+    "Whether compute can go on meanwhile: weights and their gradients. Nothing can while activations travel."
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one device does in a step."""
+
+    tokens: int
+    "Of the whole step, on all devices."
+    products: dict[str, float]
+    "FLOPs of products with weights by module, recomputation included."
+    attention: float
+    "FLOPs of attention itself, recomputation included; only the causal triangle if it is fused."
+    traffic: dict[str, float]
+    "Bytes read and written in memory outside of products, by module."
+    weights: float
+    "Bytes of weights read by products."
+    messages: tuple[Message, ...]
+    bubble: float
+    "Idle time of a pipeline, as a share of the busy time."
+    passes: float
+    "Layers passed in a step, forward and back: each has a fixed cost."
+    causal: float
+    "The model's FLOPs per token, counting half of attention's square."
+    full: float
+    "The same, counting all of it."
+
+
+def ways(placement: Any, sizes: Axes) -> int:
+    """Into how many parts a dim with this placement is cut."""
+    return math.prod(getattr(sizes, axis) for axis in axes_of(placement))
+
+
+def cut(layout: Layout, matrix: Matrix, letters: dict[str, int], sizes: Axes, where: str) -> float:
+    """Numbers of a weight that one device holds `at_rest` or `in_use`."""
+    spec = getattr(layout, where)(matrix.dims)
+    return matrix.size(letters) / math.prod(ways(part, sizes) for part in spec)
+
+
+def over(axes: Any, sizes: Axes) -> tuple[str, ...]:
+    """Those of the axes that cut anything, in the order of the mesh."""
+    return tuple(axis for axis in AXES if axis in axes and getattr(sizes, axis) > 1)
+
+
+def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> Work:
+    """The work of one device in a step of this run on axes of these sizes."""
+    layout, model = run.layout, run.model
+    letters, again = dict(model.sizes()), method.again or REMAT[run.remat]
+    stages = ways(layout.params.get("L"), sizes)
+    layers = model.layers / stages
+    tokens = run.batch * run.sequence / ways(layout.inner.get("B"), sizes) / ways(layout.inner.get("T"), sizes)
+    rows = run.batch // ways(layout.inner.get("B"), sizes) // accumulate
+    parts = run.pipeline.parts(rows, stages) if stages > 1 else 1
+
+    products = {}
+    for module, matrices in model.matrices().items():
+        met = sum(m.share * m.size(letters) / _cut_products(layout, m, sizes) for m in matrices)
+        products[module] = 2 * tokens * met * (layers if module in LAYER else 1) * (3 + again.of(module))
+    heads = letters["H"] / ways(layout.inner.get("H"), sizes)
+    square = tokens * run.sequence * method.window * heads * letters["K"] * layers
+    forward = 4 * square * (0.5 if method.fused else 1)
+    attention = forward * (1 + 2.5 + again.scores)
+
+    traffic = _traffic(run, sizes, tokens, layers, again)
+    if not method.fused:  # float32 scores: written, read for the maximum, read and written for the weights, read
+        traffic["attention"] += tokens * run.sequence * heads * layers * (16 * (1 + again.scores) + 28)
+    own = _numbers(run, sizes, "at_rest")
+    traffic["optimizer"] = own * method.state_bytes
+    used = _numbers(run, sizes, "in_use")
+    causal, full = model.flops_per_token(run.sequence)
+    return Work(
+        tokens=run.batch * run.sequence,
+        products=products,
+        attention=attention,
+        traffic=traffic,
+        weights=2 * used * (3 + (again.mlp + again.attention) / 2) * accumulate * parts,
+        messages=tuple(_messages(run, sizes, accumulate, parts, tokens, again, method)),
+        bubble=(stages - 1) / (run.pipeline.laps * parts * 1.0),
+        passes=layers * accumulate * parts * (3 + again.mlp),
+        causal=causal,
+        full=full,
+    )
+
+
+def _cut_products(layout: Layout, matrix: Matrix, sizes: Axes) -> int:
+    """Into how many parts a product with the weight is cut, the tokens aside. Experts are cut as the tokens are."""
+    return math.prod(ways(layout.inner.get(d), sizes) for d in matrix.dims if d not in "DE")
+
+
+def _numbers(run: Run, sizes: Axes, where: str) -> float:
+    """Numbers of all matrices that one device holds; its share of the layers if these are cut."""
+    letters, total = dict(run.model.sizes()), 0.0
+    layers = run.model.layers / ways(run.layout.params.get("L"), sizes)
+    for module, matrices in run.model.matrices().items():
+        numbers = sum(cut(run.layout, m, letters, sizes, where) for m in matrices)
+        total += numbers * (layers if module in LAYER else 1)
+    return total
+
+
+def _traffic(run: Run, sizes: Axes, tokens: float, layers: float, again: Again) -> dict[str, float]:
+    """Bytes of activations in bfloat16 that pass through memory: norms, rotations, gates, sums, and the loss.
+
+    Of a layer forward: two norms and two sums read and write D about 10 times, products write what they make and read
+    it again, and so do rotations and gates. Backward twice as much.
+    """
+    letters, inner = run.model.sizes(), run.layout.inner
+    D = letters["D"] / ways(run.layout.stream.get("T"), sizes) * ways(inner.get("T"), sizes)
+    HGK = (letters["H"] + 2 * letters["G"]) * letters["K"] / ways(inner.get("H"), sizes)
+    met = {m.dims: m.count * m.share for m in run.model.matrices()["mlp"] if "F" in m.dims}
+    F = sum(each * letters.get("E", 1) if "E" in dims else each for dims, each in met.items())
+    F = F * letters["F"] / ways(inner.get("F"), sizes)
+    V = letters["V"] / ways(inner.get("V"), sizes)
+    forward = dict(attention=2 * tokens * (6 * D + 4 * HGK), mlp=2 * tokens * (6 * D + 3 * F))
+    traffic = {module: layers * each * (3 + again.of(module)) for module, each in forward.items()}
+    return traffic | {"head": tokens * V * 20}
+
+
+def _messages(run: Run, sizes: Axes, accumulate: int, parts: int, tokens: float, again: Again, method: Method):
+    layout, model = run.layout, run.model
+    letters = dict(model.sizes())
+    inner, stages = layout.inner, ways(layout.params.get("L"), sizes)
+    layers = model.layers / stages
+    micro = tokens / accumulate / parts  # tokens of a device that pass at a time
+    stream = 2 * micro * letters["D"]
+    token_axes = over([*axes_of(inner.get("B")), *axes_of(inner.get("T"))], sizes)
+    often = accumulate * (1 if run.pipeline.gather_once else parts)
+
+    for module, matrices in model.matrices().items():
+        turns = layers if module in LAYER else 1
+        for m in matrices:
+            rest = {a for part in layout.at_rest(m.dims) for a in axes_of(part)}
+            used = {a for part in layout.in_use(m.dims) for a in axes_of(part)}
+            gathered, whole = over(rest - used, sizes), cut(layout, m, letters, sizes, "in_use")
+            if gathered:
+                gathers = method.gathers if m.share else 1
+                yield Message("all-gather", gathered, module, 2 * whole, turns * gathers * often, True)
+                size = method.gradient_bytes * whole
+                yield Message("reduce-scatter", gathered, module, size, turns * often, True)
+            summed = tuple(a for a in token_axes if a not in rest)
+            if summed:
+                size = method.gradient_bytes * cut(layout, m, letters, sizes, "at_rest")
+                yield Message("all-reduce", summed, module, size, turns, True)
+
+    tensor = over(axes_of(inner.get("H")), sizes)
+    if tensor:  # partial sums of out and down, and of the gradients of what goes in
+        split = ways(layout.stream.get("T"), sizes) > ways(inner.get("T"), sizes)
+        for module in LAYER:
+            turns = layers * accumulate * parts
+            runs = turns * (2 + (again.attention if module == "attention" else 0))
+            if split:
+                yield Message("all-gather", tensor, module, stream, runs, False)
+                yield Message("reduce-scatter", tensor, module, stream, runs, False)
+            else:
+                yield Message("all-reduce", tensor, module, stream, runs, False)
+    vocabulary = over(axes_of(inner.get("V")), sizes)
+    if vocabulary:
+        yield Message("all-reduce", vocabulary, "head", stream, 2 * accumulate * parts, False)
+
+    context = over(axes_of(inner.get("T")), sizes)
+    if context:
+        n = ways(context, sizes)
+        heads = letters["G"] / ways(inner.get("G"), sizes)
+        own = 2 * micro * heads * letters["K"] * 2  # keys and values, bfloat16
+        turns = layers * accumulate * parts
+        if inner.get("S"):
+            yield Message("collective-permute", context, "attention", own, turns * (n - 1) * (3 + again.scores), True)
+        else:
+            yield Message("all-gather", context, "attention", own * n, turns * (2 + again.scores), False)
+            yield Message("reduce-scatter", context, "attention", 2 * own * n, turns, False)
+    if stages > 1:
+        hops = 2 * (run.pipeline.laps * parts + stages - 1) * accumulate
+        yield Message("collective-permute", ("stage",), "pipeline", stream, hops, False)
+    expert = over(axes_of(inner.get("E")), sizes)
+    if expert:
+        routed = max(m.share for m in model.matrices()["mlp"] if "E" in m.dims) * letters["E"]
+        runs = layers * accumulate * parts * (4 + 2 * again.mlp)
+        yield Message("all-to-all", expert, "mlp", stream * routed, runs, False)
