@@ -27,7 +27,7 @@ class Efficiency:
     memory: float = 0.8  # of the memory's bandwidth
     link: float = 0.8  # of the fast network's bandwidth
     network: float = 0.8  # of the slow network's bandwidth
-    overlap: float = 0.9  # of the time of messages that need not be waited for, what is hidden behind compute
+    overlap: float = 0.5  # of the time in which activations travel, what the products beside them hide
     doubling: float = 0.0  # time lost, as a share of the step, by every doubling of the parts that a slow network joins
 
 
@@ -44,6 +44,7 @@ class Chip:
     link: float | None = None  # fast network, bytes/s, one way: one ICI axis, or NVLink egress
     network: float | None = None  # slow network, bytes/s per chip
     domain: int = 0  # chips that the fast network joins; 0: all of a slice
+    torus: int = 0  # axes of the torus in which the fast network joins them; 0: each reaches every other
     efficiency: Efficiency = Efficiency()
 
     def named(self, kind: str) -> bool:

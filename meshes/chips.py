@@ -8,6 +8,11 @@ Sources, by the short names used below:
     google    cloud.google.com/tpu/docs, the page of that TPU version
     maxtext   AI-Hypercomputer/maxtext, the peak it divides by
     jax       jax/_src/pallas/mosaic/tpu_info.py (0.10.2): which device_kind is which chip
+    fit       `llmjax plan --published tests/plan/published_runs.csv` on so many rows; it prints the error of each
+
+An `Efficiency` is what training reaches of these peaks. Its `link` and `network` are not fitted: 0.8 of the bandwidth
+is what large collectives reach (scaling-book, gpus.md: 370 of 450 GB/s in an H100 node; tpu-recipes: 179 of 200 GB/s on
+Ironwood).
 """
 
 from llmjax.mesh import Chip, Efficiency
@@ -25,6 +30,7 @@ A100 = Chip(
     link=300e9,  # book-gpu: NVLink egress, nodes of 8
     network=200e9 / 8,  # nvidia: a DGX A100 has eight HDR links of 25 GB/s for a node's eight chips
     domain=8,
+    efficiency=Efficiency(matmul=0.82, attention=0.23, memory=0.7, overlap=0.51, doubling=0.0),  # fit: 13 rows
 )
 H100 = Chip(
     "H100",
@@ -36,6 +42,7 @@ H100 = Chip(
     link=450e9,  # book-gpu: NVLink egress, nodes of 8
     network=400e9 / 8,  # book-gpu: 400 GB/s per node of 8
     domain=8,
+    efficiency=Efficiency(matmul=0.71, attention=0.22, memory=0.88, overlap=0.84, doubling=0.015),  # fit: 38 rows
 )
 H200 = Chip(
     "H200",
@@ -47,6 +54,7 @@ H200 = Chip(
     link=450e9,  # book-gpu: as H100
     network=400e9 / 8,  # book-gpu: as H100
     domain=8,
+    efficiency=H100.efficiency,  # fit: with the H100's rows
 )
 B200 = Chip(
     "B200",
@@ -58,6 +66,7 @@ B200 = Chip(
     link=900e9,  # book-gpu: NVLink egress, nodes of 8
     network=400e9 / 8,  # book-gpu: 400 GB/s per node of 8
     domain=8,
+    efficiency=Efficiency(matmul=0.68, attention=0.35, memory=0.61, overlap=0.61, doubling=0.021),  # fit: 4 rows
 )
 TPU_V4 = Chip(
     "TPU v4",
@@ -67,7 +76,9 @@ TPU_V4 = Chip(
     memory=32e9,  # book-tpu
     bandwidth=1.2e12,  # book-tpu
     link=4.5e10,  # book-tpu: each of 3 axes
+    torus=3,
     network=6.25e9,  # book-tpu
+    efficiency=Efficiency(matmul=0.85, attention=0.48, memory=0.95, overlap=0.27, doubling=0.014),  # fit: 7 rows
 )
 TPU_V5E = Chip(
     "TPU v5e",
@@ -77,7 +88,9 @@ TPU_V5E = Chip(
     memory=16e9,  # book-tpu
     bandwidth=8.1e11,  # book-tpu
     link=4.5e10,  # book-tpu: each of 2 axes
+    torus=2,
     network=3.125e9,  # book-tpu
+    efficiency=Efficiency(matmul=0.9, attention=0.54, memory=0.95, overlap=0.6, doubling=0.016),  # fit: 25 rows
 )
 TPU_V5P = Chip(
     "TPU v5p",
@@ -87,7 +100,9 @@ TPU_V5P = Chip(
     memory=96e9,  # book-tpu
     bandwidth=2.8e12,  # book-tpu
     link=9e10,  # book-tpu: each of 3 axes
+    torus=3,
     network=6.25e9,  # book-tpu
+    efficiency=Efficiency(matmul=0.86, attention=0.64, memory=0.8, overlap=0.56, doubling=0.014),  # fit: 10 rows
 )
 TPU_V6E = Chip(
     "TPU v6e",
@@ -97,7 +112,9 @@ TPU_V6E = Chip(
     memory=32e9,  # book-tpu
     bandwidth=1.6e12,  # book-tpu
     link=9e10,  # book-tpu: each of 2 axes
+    torus=2,
     network=12.5e9,  # book-tpu
+    efficiency=Efficiency(matmul=0.75, attention=0.52, memory=0.95, overlap=0.18, doubling=0.06),  # fit: 16 rows
 )
 # JAX shows an Ironwood chip as two devices. These are the facts of one device: the chip's, halved.
 TPU_7X = Chip(
@@ -108,6 +125,8 @@ TPU_7X = Chip(
     memory=192e9 / 2,  # google
     bandwidth=7.4e12 / 2,  # derived from google's figures
     link=9e10 / 2,  # derived: the lower of 9e10 and 1e11 for each of 3 axes
+    torus=3,
+    efficiency=Efficiency(matmul=0.89, attention=0.24, memory=0.67, overlap=0.35, doubling=0.015),  # fit: 2 rows
 )
 
 KNOWN = (CPU, A100, H100, H200, B200, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E, TPU_7X)

@@ -1,4 +1,4 @@
-"""Seconds of a train step from the work of one device and a few constants of its chip: the model that needs no compiler."""
+"""Seconds of a train step from the work of one device and a few constants of its chip, with no compiler."""
 
 import dataclasses
 
@@ -36,8 +36,8 @@ def seconds(message: Message, cluster: Cluster, sizes: Axes) -> float:
 def predict(work: Work, cluster: Cluster, sizes: Axes) -> Time:
     """The time of a step whose work is this.
 
-    Messages of weights and gradients travel while products run: only what exceeds them, and a share of the rest that
-    no schedule hides, is waited for. Messages of activations are waited for.
+    Messages of weights and gradients travel while products run: only what exceeds these is waited for. Messages of
+    activations are waited for, but for the share that products taken in parts hide.
     """
     chip, best = cluster.chip, cluster.chip.efficiency
     reads = work.weights / (chip.bandwidth * best.memory)
@@ -51,7 +51,7 @@ def predict(work: Work, cluster: Cluster, sizes: Axes) -> Time:
     beyond = max(0.0, hideable - compute) + (1 - best.overlap) * min(hideable, compute)
     exposed: dict[str, float] = {}
     for message, time in times:
-        waited = time * beyond / hideable if message.hidden and hideable else 0.0 if message.hidden else time
+        waited = time * (beyond / (hideable or 1) if message.hidden else 1 - best.overlap)
         axes = " x ".join(message.axes)
         exposed[axes] = exposed.get(axes, 0.0) + waited
     busy = compute + sum(exposed.values())

@@ -40,7 +40,7 @@ def span(cluster: Cluster, sizes: Axes, axes: Sequence[str]) -> Span:
         if axis in axes:
             inside, outside = inside * within, outside * size // within
         stride *= size
-    if cluster.chip.platform != "tpu":
+    if not cluster.chip.torus:
         return Span(inside, outside)
     used = torus(cluster, sizes)
     lengths = [length for axis in axes for length in used.get(axis, ())]
@@ -53,7 +53,7 @@ def torus(cluster: Cluster, sizes: Axes) -> dict[str, tuple[int, ...]]:
     A mesh axis that is no product of whole torus axes gets a part of one.
     """
     chips = math.prod(sizes.sizes()) // cluster.slices
-    free = list(dimensions(cluster.topology, chips))
+    free = list(dimensions(cluster, chips))
     found = {}
     for axis in reversed(AXES):
         size = getattr(sizes, axis)
@@ -79,20 +79,26 @@ def torus(cluster: Cluster, sizes: Axes) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def dimensions(topology: str, chips: int) -> tuple[int, ...]:
-    """The lengths of a torus: those that the topology's name gives, or the most even ones. A chip of two devices adds 2."""
-    given = tuple(int(n) for n in re.findall(r"\d+", topology.rpartition(":")[2]))
+def dimensions(cluster: Cluster, chips: int) -> tuple[int, ...]:
+    """The lengths of a slice's torus: those of its topology, or the most even ones. A chip of two devices adds a 2."""
+    given = tuple(int(n) for n in re.findall(r"\d+", cluster.topology.rpartition(":")[2]))
     if given and chips % math.prod(given) == 0:
         rest = chips // math.prod(given)
         return (*given, rest) if rest > 1 else given
-    side = max(n for n in range(1, math.isqrt(chips) + 1) if chips % n == 0)
-    return (side, chips // side)
+    return even(chips, cluster.chip.torus)
+
+
+def even(number: int, parts: int) -> tuple[int, ...]:
+    """The factors, as many as `parts`, that are most alike and whose product is the number."""
+    if parts <= 1:
+        return (number,)
+    side = max(n for n in range(1, round(number ** (1 / parts)) + 1) if number % n == 0)
+    return (side, *even(number // side, parts - 1))
 
 
 def _wraps(cluster: Cluster, length: int) -> bool:
     """An axis of a 2-D torus wraps when it is the pod's whole, one of a 3-D torus when it is a multiple of 4."""
-    flat = len(dimensions(cluster.topology, 1)) == 2 or cluster.topology.count("x") == 1
-    return length % 16 == 0 if flat else length % 4 == 0 or length == 2
+    return length % 16 == 0 if cluster.chip.torus == 2 else length % 4 == 0 or length == 2
 
 
 def seconds(kind: str, size: float, where: Span, cluster: Cluster) -> float:

@@ -1,4 +1,4 @@
-"""What one device does in a train step, counted from the run's fields alone: products, attention, memory traffic, messages.
+"""What one device does in a train step, counted from the run's fields: products, attention, memory traffic, messages.
 
 No tracing and no compiler, so a thousand meshes take a second. `llmjax.plan.analytic` turns it into seconds.
 """
@@ -23,6 +23,8 @@ class Again:
     "Of the products with the feed-forward's weights."
     scores: float = 0.0
     "Of attention itself."
+    last: bool = False
+    "Also the product that ends a layer, though nobody needs its result: XLA leaves it out, other systems do not."
 
     def of(self, module: str) -> float:
         return getattr(self, module, 0.0)
@@ -39,12 +41,18 @@ class Method:
     "What is computed again; None: what the run's `remat` says."
     fused: bool = False
     "Attention in one kernel that skips what lies above the diagonal, instead of scores of T² in memory."
+    score_bytes: int = 4
+    "Bytes of a score, where attention is not fused."
     gathers: float = 2
     "How often a layer's weights are gathered for one microbatch."
     gradient_bytes: int = 4
     "Bytes of a gradient's number on the network."
+    faster: float = 1.0
+    "How often faster than bfloat16 the chip multiplies: twice in int8 and fp8."
     window: float = 1.0
     "The part of the causal triangle that sliding windows leave, on average over the layers."
+    loss_bytes: float = 20
+    "Bytes of traffic per logit, forward and back."
     state_bytes: float = 28
     "Bytes that the optimizer reads and writes per parameter."
 
@@ -71,7 +79,7 @@ class Work:
     tokens: int
     "Of the whole step, on all devices."
     products: dict[str, float]
-    "FLOPs of products with weights by module, recomputation included."
+    "FLOPs of products with weights by module, recomputation included, in bfloat16's time."
     attention: float
     "FLOPs of attention itself, recomputation included; only the causal triangle if it is fused."
     traffic: dict[str, float]
@@ -117,16 +125,19 @@ def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
 
     products = {}
     for module, matrices in model.matrices().items():
-        met = sum(m.share * m.size(letters) / _cut_products(layout, m, sizes) for m in matrices)
-        products[module] = 2 * tokens * met * (layers if module in LAYER else 1) * (3 + again.of(module))
+        met = [m.share * m.size(letters) / _cut_products(layout, m, sizes) for m in matrices]
+        repeated = sum(met) - (met[-1] if module == "mlp" and not again.last else 0)
+        flops = 2 * tokens * (3 * sum(met) + again.of(module) * repeated) / method.faster
+        products[module] = flops * (layers if module in LAYER else 1)
     heads = letters["H"] / ways(layout.inner.get("H"), sizes)
     square = tokens * run.sequence * method.window * heads * letters["K"] * layers
     forward = 4 * square * (0.5 if method.fused else 1)
     attention = forward * (1 + 2.5 + again.scores)
 
-    traffic = _traffic(run, sizes, tokens, layers, again)
-    if not method.fused:  # float32 scores: written, read for the maximum, read and written for the weights, read
-        traffic["attention"] += tokens * run.sequence * heads * layers * (16 * (1 + again.scores) + 28)
+    traffic = _traffic(run, sizes, tokens, layers, again, method)
+    if not method.fused:  # scores are written, read for the maximum, read and written for the weights, read
+        passes = 4 * (1 + again.scores) + 7
+        traffic["attention"] += tokens * run.sequence * heads * layers * passes * method.score_bytes
     own = _numbers(run, sizes, "at_rest")
     traffic["optimizer"] = own * method.state_bytes
     used = _numbers(run, sizes, "in_use")
@@ -160,7 +171,7 @@ def _numbers(run: Run, sizes: Axes, where: str) -> float:
     return total
 
 
-def _traffic(run: Run, sizes: Axes, tokens: float, layers: float, again: Again) -> dict[str, float]:
+def _traffic(run: Run, sizes: Axes, tokens: float, layers: float, again: Again, method: Method):
     """Bytes of activations in bfloat16 that pass through memory: norms, rotations, gates, sums, and the loss.
 
     Of a layer forward: two norms and two sums read and write D about 10 times, products write what they make and read
@@ -175,7 +186,7 @@ def _traffic(run: Run, sizes: Axes, tokens: float, layers: float, again: Again) 
     V = letters["V"] / ways(inner.get("V"), sizes)
     forward = dict(attention=2 * tokens * (6 * D + 4 * HGK), mlp=2 * tokens * (6 * D + 3 * F))
     traffic = {module: layers * each * (3 + again.of(module)) for module, each in forward.items()}
-    return traffic | {"head": tokens * V * 20}
+    return traffic | {"head": tokens * V * method.loss_bytes}
 
 
 def _messages(run: Run, sizes: Axes, accumulate: int, parts: int, tokens: float, again: Again, method: Method):
