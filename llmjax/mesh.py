@@ -89,7 +89,7 @@ class Axes:
     "Tensor parallelism: heads, feed-forward and vocabulary are cut over this axis."
 
     def sizes(self) -> tuple[int, ...]:
-        return dataclasses.astuple(self)
+        return tuple(getattr(self, axis) for axis in AXES)
 
 
 def fill(axes: Axes, devices: int, *, used: Iterable[str], rest: str, tensor: int = 1, slices: int = 1) -> Axes:
