@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import P
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax import layout as layouts
 from llmjax.layout import Layout, Pipeline
 from llmjax.models import pipeline
 
 Sizes = Mapping[str, int]
+PRODUCT = "product"  # what a product with weights is called where a policy decides what to keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +68,20 @@ def use(weight: nnx.Param, dims: str) -> jax.Array:
 
 def at_rest(weight: nnx.Param, dims: str) -> jax.Array:
     """The weight where it is stored."""
-    return jax.reshard(weight[...], how().layout.at_rest(dims))
+    value, place = weight[...], how().layout.at_rest(dims)
+    # Resharded to where it is, it would be a new value of every turn over the layers, and kept besides the weight.
+    return value if jax.typeof(value).sharding.spec == place else jax.reshard(value, place)
 
 
 def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     """`jnp.einsum(subscripts, x, weight)` of an activation and a weight, placed by the letters of the result."""
-    return _project((subscripts,), how(), x, (weight[...],))[0]
+    return project_all((subscripts,), x, weight)[0]
 
 
 def project_all(subscripts: Sequence[str], x: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
     """`project` of one activation by several weights, whose parts of its gradient are summed over devices as one."""
-    return _project(tuple(subscripts), how(), x, tuple(weight[...] for weight in weights))
+    products = _project(tuple(subscripts), how(), x, tuple(weight[...] for weight in weights))
+    return [checkpoint_name(y, PRODUCT) for y in products]
 
 
 # JAX traces both halves of its derivative when the model has been traced, and so outside of any narrower `inside`.
@@ -330,7 +335,7 @@ def layers(layer: Callable, blocks: nnx.Module, x_BTD: jax.Array, segments_BT: j
     policies = {
         "none": lambda f: f,
         "full": jax.checkpoint,
-        "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+        "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT)),
     }
     return jax.lax.scan(policies[how().remat](turn), x_BTD, blocks, unroll=how().unroll)
 

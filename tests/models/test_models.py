@@ -158,3 +158,19 @@ def test_remat_changes_memory_and_not_the_gradient(remat):
     assert less < 0.8 * plain, f"{less} bytes with remat, {plain} without"
     for name, grad in expected.items():
         np.testing.assert_allclose(found[name], grad, rtol=1e-4, atol=1e-6, err_msg=f"gradient of {name}")
+
+
+def products_of_a_backward_pass(model, remat: str) -> int:
+    """Products in the traced gradient of a loss, as often as they stand there: a layer's once."""
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    with nn.compute(nn.Compute(remat=remat)):
+        weights = jax.eval_shape(model.init, jax.random.key(0))
+        return str(jax.make_jaxpr(jax.grad(lambda w: w(tokens).sum()))(weights)).count("dot_general")
+
+
+@pytest.mark.parametrize("model", [GPT2(vocab=32, layers=2, width=16, heads=2, head_dim=8, ff=32), Llama(vocab=32)])
+def test_remat_dots_computes_attention_again_and_full_the_products_with_weights_as_well(model):
+    none, dots, full = (products_of_a_backward_pass(model, remat) for remat in ("none", "dots", "full"))
+    projections = sum(m.count for module in ("attention", "mlp") for m in model.matrices()[module])
+    assert dots - none == 2  # queries by keys, weights by values
+    assert full - dots >= projections - 1  # all but the one that ends the layer, whose result nobody needs
