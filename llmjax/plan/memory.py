@@ -20,7 +20,7 @@ from llmjax.models.pipeline import ticks
 from llmjax.models.shapes import LAYER, Matrix
 from llmjax.plan.work import cut, ways
 from llmjax.run import Run
-from llmjax.train import program
+from llmjax.train import diloco, program
 from llmjax.train import step as steps
 
 Leaf = tuple[tuple[int, ...], int, tuple[tuple[str, ...], ...]]  # shape, bytes of a number, axes that cut each dim
@@ -46,25 +46,33 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Habits:
-    """What XLA keeps at once, seen in compiled programs by `tests/plan/test_memory.py`. Bytes unless said otherwise."""
+    """How many arrays XLA keeps at once in the backward pass of a layer and at the loss, seen in compiled programs.
 
-    scores: float = 6
-    "Per attention score in the backward pass of a layer: float32, and bfloat16 for the products."
-    ring: float = 12
-    "Per score of a pair of pieces of a ring."
-    logits: float = 8
-    "Per logit at the loss."
-    hidden: float = 2
-    "Activations as wide as the feed-forward that a layer's backward pass keeps beside the scores."
-    stream: float = 3
-    "Activations as wide as the stream, likewise."
-    casts: float = 0.7
+    `tests/plan/test_memory.py` shows how near they come.
+    """
+
+    scores: float
+    "Bytes per attention score in attention's backward pass."
+    scores_beside: float
+    "The same in the feed-forward's: what attention computed again already waits there."
+    hidden: float
+    "Arrays as wide as the feed-forward, in its backward pass."
+    hidden_beside: float
+    "The same in attention's."
+    stream: float
+    "Arrays as wide as the stream."
+    logits: float
+    "Bytes per logit at the loss."
+    casts: float
     "Share of the layers' weights at rest that are cast once for all microbatches, ahead of the loop."
     slopes: float = 2
     "Gradients of a layer's largest weight that wait, whole, for the sum over devices."
+    sets: int = 3
+    "Gradients of a whole stage in a pipeline: the sum so far, what is added, and the new sum."
 
 
-TPU = Habits()
+TPU = Habits(scores=6, scores_beside=4, hidden=4, hidden_beside=2, stream=3, logits=2, casts=0.7)
+HOST = Habits(scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0)  # CPU devices
 
 
 def state(run: Run, sizes: Axes) -> tuple[int, int]:
@@ -82,7 +90,7 @@ def _bytes(leaf: Leaf, sizes: Axes) -> int:
 @functools.lru_cache(maxsize=256)
 def _leaves(model, optimizer, clip, length, layout, local) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...]]:
     run = Run(model, None, optimizer, None, None, layout=layout, clip=clip, steps=length, local=local)
-    init = functools.partial(steps.init, model.init, program.transformation(run))
+    init = functools.partial(diloco.init if local.every else steps.init, model.init, program.transformation(run))
     # A layer's dim names the stages only where there are several.
     stages = next((n for n in range(2, model.layers + 1) if model.layers % n == 0), 1) if layout.params.get("L") else 1
     ones = Axes(**{axis: stages if axis == "stage" else 1 for axis in AXES})
@@ -137,7 +145,8 @@ def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
     tokens = rows / parts * run.sequence
     inside = ways(layout.inner.get("T"), sizes)
     local = {d: size / ways(layout.inner.get(d), sizes) for d, size in letters.items() if d not in "DE"}
-    met = max((m.share for m in run.model.matrices()["mlp"] if "E" in m.dims), default=0.0) * letters.get("E", 0)
+    routed = (m.share for m in run.model.matrices()["mlp"] if {*"EF"} <= {*m.dims})
+    met = max(routed, default=0.0) * letters.get("E", 0)
     return Part(
         tokens=tokens / inside,
         stream=tokens / ways(layout.stream.get("T"), sizes),
@@ -167,20 +176,26 @@ def saved(run: Run, one: Part) -> float:
 def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) -> Memory:
     """What one device holds at the peak of a step of this run on axes of these sizes.
 
-    The chip is the cluster's unless one is given; an unknown one computes as an accelerator does.
+    The chip is the cluster's unless one is given; an unknown one computes as an accelerator does. Of anything but a TPU
+    it is what programs for emulated CPU devices take.
     """
     chip = chip or run.mesh.chip
-    habits, on_cpu = TPU, chip is not None and chip.platform == "cpu"
-    bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and not on_cpu)
+    platform = chip.platform if chip else ""
+    habits = TPU if platform == "tpu" else HOST
+    bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and platform != "cpu")
     parameters, optimizer = state(run, sizes)
-    one = part(run, sizes, accumulate, bfloat16 and not on_cpu)
+    one = part(run, sizes, accumulate, bfloat16 and platform != "cpu")
     kept = saved(run, one) * one.layers * one.passes
-    several = accumulate > 1
-    ahead = _ahead(run, sizes, habits, 2 if bfloat16 else 0)
-    head = 0 if several else _head(run, sizes, one)
-    in_layer = parameters * (2 if several else 1), _layer(run, sizes, one, habits) + ahead + head
-    at_loss = parameters * (1 if several else 0), _loss(run, sizes, one, habits) + ahead + _head(run, sizes, one)
-    gradients, passing = max(in_layer, at_loss, key=sum)
+    several, stages = accumulate > 1, ways(run.layout.params.get("L"), sizes)
+    if stages > 1:
+        gradients, passing = _stage(run, sizes, one, habits, accumulate)
+    else:
+        ahead, head = _ahead(run, sizes, habits, bfloat16), 0 if several else _head(sizes, one)
+        in_layer = parameters * (2 if several else 1), _layer(run, sizes, one, habits) + ahead + head
+        at_loss = parameters * (1 if several else 0), _loss(one, one.tokens, habits) + ahead + _head(sizes, one)
+        gradients, passing = max(in_layer, at_loss, key=sum)
+    if platform == "cpu":
+        passing += (min(one.layers, program.UNROLLED) - 1) * _merged(run, sizes, one)
     return Memory(parameters, optimizer, int(gradients), int(kept), int(passing))
 
 
@@ -188,29 +203,62 @@ def _layer(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
     """The peak in the backward pass of one layer."""
     D, F = one.letters["D"], one.letters["F"]
     rows = one.tokens * (one.experts or 1)
-    whole = max(_whole(run, sizes, m) for name in LAYER for m in run.model.matrices()[name])
-    slopes = 4 * habits.slopes * whole
-    hidden = habits.hidden * rows * F * one.number
-    return habits.scores * one.scores + hidden + slopes + habits.stream * one.tokens * D * one.number
+    hidden, stream = rows * F * one.number, one.tokens * D * one.number
+    attention = habits.scores * one.scores + habits.hidden_beside * hidden
+    mlp = habits.scores_beside * one.scores + habits.hidden * hidden + (one.experts and 2 * rows * D * one.number)
+    whole = max(_whole(run, sizes, m) / m.count for m in _matrices(run))
+    return max(attention, mlp) + habits.stream * stream + 4 * habits.slopes * whole
 
 
-def _head(run: Run, sizes: Axes, one: Part) -> float:
+def _loss(one: Part, tokens: float, habits: Habits) -> float:
+    """The peak at the loss: logits, and the head gathered."""
+    D, V = one.letters["D"], one.letters["V"]
+    return habits.logits * tokens * V + D * V * one.number
+
+
+def _head(sizes: Axes, one: Part) -> float:
     """The gradient of the head, whole where XLA sums it so over all devices."""
     whole = 4 * one.letters["D"] * one.letters["V"]
     return whole if 1 < sizes.fsdp == math.prod(sizes.sizes()) else 0
 
 
-def _whole(run: Run, sizes: Axes, matrix: Matrix) -> float:
-    return cut(run.layout, matrix, dict(run.model.sizes()), sizes, "in_use") / matrix.count
-
-
-def _loss(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
-    D, V = one.letters["D"], one.letters["V"]
-    return habits.logits * one.tokens * V + D * V * one.number
-
-
-def _ahead(run: Run, sizes: Axes, habits: Habits, each: int) -> float:
+def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int) -> tuple[float, float]:
+    """(gradients, what comes and goes) of a pipeline's stage."""
+    how, letters = run.pipeline, one.letters
     layers = run.model.layers / ways(run.layout.params.get("L"), sizes)
-    letters = dict(run.model.sizes())
-    at_rest = sum(cut(run.layout, m, letters, sizes, "at_rest") for name in LAYER for m in run.model.matrices()[name])
-    return each * habits.casts * at_rest * layers
+    gathered = layers * sum(_whole(run, sizes, m) for m in _matrices(run))
+    ends = sum(_whole(run, sizes, m) for m in _matrices(run, ("embedding", "head")))
+    stream = one.tokens * letters["D"] * one.number  # of one microbatch
+    rows = run.batch // ways(run.layout.inner.get("B"), sizes) // accumulate
+    parts = how.parts(rows, ways(run.layout.params.get("L"), sizes))
+    inside = _layer(run, sizes, one, habits)
+    if how.schedule == "1f1b":
+        kept = stream * (2 * ways(run.layout.params.get("L"), sizes) - 1)
+        tick = max(4 * gathered, inside) + habits.logits * one.tokens * letters["V"]
+        return 4 * (2 * gathered + 2 * ends), kept + tick + one.number * (gathered + ends)
+    ticking = 4 * (habits.sets - 1) * gathered, max(4 * gathered, inside)
+    losing = 0.0, _loss(one, one.tokens * parts, habits)
+    gradients, passing = max(ticking, losing, key=sum)
+    return gradients, passing + one.number * gathered + 2 * stream * parts
+
+
+def _merged(run: Run, sizes: Axes, one: Part) -> float:
+    """What every further layer of an unrolled loop keeps: there XLA computes nothing twice, whatever `remat` says."""
+    more = 4 * one.scores
+    if run.remat != "none":
+        more += one.tokens * (4 * one.letters["F"] + one.letters["D"]) * one.number
+        more += 4 * sum(_whole(run, sizes, m) for m in _matrices(run))
+    return more
+
+
+def _matrices(run: Run, modules: tuple[str, ...] = LAYER) -> list[Matrix]:
+    return [m for module in modules for m in run.model.matrices().get(module, ())]
+
+
+def _whole(run: Run, sizes: Axes, matrix: Matrix) -> float:
+    return cut(run.layout, matrix, dict(run.model.sizes()), sizes, "in_use")
+
+
+def _ahead(run: Run, sizes: Axes, habits: Habits, bfloat16: bool) -> float:
+    at_rest = sum(cut(run.layout, m, dict(run.model.sizes()), sizes, "at_rest") for m in _matrices(run))
+    return 2 * bfloat16 * habits.casts * at_rest * run.model.layers
