@@ -114,7 +114,7 @@ class Part:
     stream: float
     "Between blocks."
     keys: float
-    "Positions that a token's scores are of."
+    "Positions that a token's scores are of, at once: all, or around a ring three pairs of the 2n pieces."
     number: int
     "Bytes of an activation's number."
     layers: int
@@ -143,14 +143,14 @@ def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
     if stages > 1:
         passes = 1 if run.pipeline.schedule == "1f1b" else ticks("circular", stages, parts, laps)[0]
     tokens = rows / parts * run.sequence
-    inside = ways(layout.inner.get("T"), sizes)
+    inside, ring = ways(layout.inner.get("T"), sizes), ways(layout.inner.get("S"), sizes)
     local = {d: size / ways(layout.inner.get(d), sizes) for d, size in letters.items() if d not in "DE"}
     routed = (m.share for m in run.model.matrices()["mlp"] if {*"EF"} <= {*m.dims})
     met = max(routed, default=0.0) * letters.get("E", 0)
     return Part(
         tokens=tokens / inside,
         stream=tokens / ways(layout.stream.get("T"), sizes),
-        keys=run.sequence,
+        keys=run.sequence if ring == 1 else 3 / 2 * run.sequence / (2 * ring),
         number=2 if bfloat16 else 4,
         layers=layers,
         passes=passes,
@@ -190,9 +190,10 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
     if stages > 1:
         gradients, passing = _stage(run, sizes, one, habits, accumulate)
     else:
-        ahead, head = _ahead(run, sizes, habits, bfloat16), 0 if several else _head(sizes, one)
-        in_layer = parameters * (2 if several else 1), _layer(run, sizes, one, habits) + ahead + head
-        at_loss = parameters * (1 if several else 0), _loss(one, one.tokens, habits) + ahead + _head(sizes, one)
+        ahead, head = _ahead(run, sizes, habits, bfloat16), _head(sizes, one, platform)
+        waits = 0 if several and platform == "tpu" else head
+        in_layer = parameters * (2 if several else 1), _layer(run, sizes, one, habits) + ahead + waits
+        at_loss = parameters * (1 if several else 0), _loss(one, one.tokens, habits) + ahead + head
         gradients, passing = max(in_layer, at_loss, key=sum)
     if platform == "cpu":
         passing += (min(one.layers, program.UNROLLED) - 1) * _merged(run, sizes, one)
@@ -216,9 +217,11 @@ def _loss(one: Part, tokens: float, habits: Habits) -> float:
     return habits.logits * tokens * V + D * V * one.number
 
 
-def _head(sizes: Axes, one: Part) -> float:
-    """The gradient of the head, whole where XLA sums it so over all devices."""
+def _head(sizes: Axes, one: Part, platform: str) -> float:
+    """The gradient of the head, where XLA sums it whole: on TPUs over all devices, else the embedding, too."""
     whole = 4 * one.letters["D"] * one.letters["V"]
+    if platform != "tpu":
+        return 2 * whole if sizes.fsdp > 1 else 0
     return whole if 1 < sizes.fsdp == math.prod(sizes.sizes()) else 0
 
 
