@@ -188,7 +188,7 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
     kept = saved(run, one) * one.layers * one.passes
     several, stages = accumulate > 1, ways(run.layout.params.get("L"), sizes)
     if stages > 1:
-        gradients, passing = _stage(run, sizes, one, habits, accumulate)
+        gradients, passing = _stage(run, sizes, one, habits, accumulate, _head(sizes, one, platform))
     else:
         ahead, head = _ahead(run, sizes, habits, bfloat16), _head(sizes, one, platform)
         waits = 0 if several and platform == "tpu" else head
@@ -225,7 +225,7 @@ def _head(sizes: Axes, one: Part, platform: str) -> float:
     return whole if 1 < sizes.fsdp == math.prod(sizes.sizes()) else 0
 
 
-def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int) -> tuple[float, float]:
+def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int, head: float) -> tuple[float, float]:
     """(gradients, what comes and goes) of a pipeline's stage."""
     how, letters = run.pipeline, one.letters
     layers = run.model.layers / ways(run.layout.params.get("L"), sizes)
@@ -240,7 +240,7 @@ def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int) ->
         tick = max(4 * gathered, inside) + habits.logits * one.tokens * letters["V"]
         return 4 * (2 * gathered + 2 * ends), kept + tick + one.number * (gathered + ends)
     ticking = 4 * (habits.sets - 1) * gathered, max(4 * gathered, inside)
-    losing = 0.0, _loss(one, one.tokens * parts, habits)
+    losing = 0.0, _loss(one, one.tokens * parts, habits) + head
     gradients, passing = max(ticking, losing, key=sum)
     return gradients, passing + one.number * gathered + 2 * stream * parts
 
@@ -248,7 +248,9 @@ def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int) ->
 def _merged(run: Run, sizes: Axes, one: Part) -> float:
     """What every further layer of an unrolled loop keeps: there XLA computes nothing twice, whatever `remat` says."""
     more = 4 * one.scores
-    if run.remat != "none":
+    if run.remat == "none":
+        more -= one.tokens * (one.experts or 1) * one.letters["F"] * one.number
+    else:
         more += one.tokens * (4 * one.letters["F"] + one.letters["D"]) * one.number
         more += 4 * sum(_whole(run, sizes, m) for m in _matrices(run))
     return more
