@@ -72,12 +72,14 @@ class Habits:
     "Of the gradients of the head and of the embedding, how many are whole at once before devices sum them."
     ends_wait: bool = False
     "Whether these wait for the layers' backward pass in any case, and not only where all devices cut D."
+    logits_wait: bool = False
+    "Whether the gradient of the logits waits for that, where the embedding is the head and both add to one gradient."
     sets: int = 3
     "Gradients of a whole stage in a pipeline: the sum so far, what is added, and the new sum."
 
 
 # CPU devices compute in float32; a TPU writes the logits in bfloat16 and never the exponentials.
-TPU = Habits(scores=6, scores_beside=4, hidden=4, hidden_beside=2, stream=3, logits=2, casts=0.7)
+TPU = Habits(scores=6, scores_beside=4, hidden=4, hidden_beside=2, stream=3, logits=2, casts=0.7, logits_wait=True)
 HOST = Habits(
     scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0, ends=2, ends_wait=True
 )
@@ -203,6 +205,8 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
     else:
         ahead = _ahead(run, sizes, habits, bfloat16)
         waits = 0 if several and not habits.ends_wait else _ends(run, sizes, one, habits)
+        if habits.logits_wait and "embedding" not in run.model.matrices():
+            waits += one.tokens * one.letters["V"] * one.number
         in_layer = parameters * (2 if several else 1), _layer(run, sizes, one, habits) + ahead + waits
         at_loss = parameters * (1 if several else 0), _loss(run, sizes, one, one.tokens, habits) + ahead
         gradients, passing = max(in_layer, at_loss, key=sum)
