@@ -10,8 +10,10 @@ from jax.sharding import NamedSharding
 
 from experiments import (
     llama3_8b_v5p_64,
+    llama3_70b_v5p_128_x2,
     llama3_70b_v6e_256,
     llama31_405b_v5p_512,
+    llama_1b_h200,
     stdlib_tiny,
 )
 from llmjax import mesh as meshes
@@ -72,7 +74,7 @@ def host(model, layout: str, sizes: Axes, chip: Chip = chips.H100, **fields) -> 
 
 
 def compiled(step: Pair, devices: list[jax.Device]) -> jax.stages.Compiled:
-    mesh = meshes.device_mesh(step.axes, devices)
+    mesh = meshes.device_mesh(step.axes, devices, step.run.mesh.slices)
     made = program.make(step.run, mesh, step.run.mesh.chip)
 
     def placed(x):
@@ -153,6 +155,13 @@ ON_TPU = dict(
         LLAMA_1B, V6E, "fsdp", axes(data=2, fsdp=4), "v6e:2x4",
         batch=64, sequence=1024, accumulate=4, optimizer=Adafactor(),
     ),
+    tied=pair(
+        llama_1b_h200.run.model, V5P, "dp", axes(data=4), "v5p:2x2x1",
+        batch=512, sequence=4096, accumulate=32, remat="full",
+    ),
+    llama3_70b_v6e_256=Pair(llama3_70b_v6e_256.run, axes(fsdp=64, tensor=4), "v6e:16x16"),
+    llama3_70b_v5p_128_x2=Pair(llama3_70b_v5p_128_x2.run, axes(data=2, fsdp=32, tensor=4), "v5p:4x4x8"),
+    llama31_405b_v5p_512=Pair(llama31_405b_v5p_512.run, axes(fsdp=64, tensor=8), "v5p:8x8x8"),
 )  # fmt: skip
 
 
@@ -162,14 +171,13 @@ ON_TPU = dict(
 def test_a_step_for_a_tpu_slice_takes_what_was_predicted(name, monkeypatch):
     """The live peak, which decides whether a program is refused: `temp_size_in_bytes` is a heap laid out loosely."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    slice_of = topologies.get_topology_desc(platform="tpu", topology_name=ON_TPU[name].topology)
-    found = compiled(ON_TPU[name], list(slice_of.devices)).memory_analysis()
+    several = dict(num_slices=ON_TPU[name].run.mesh.slices) if ON_TPU[name].run.mesh.slices > 1 else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=ON_TPU[name].topology, **several)
+    found = compiled(ON_TPU[name], list(found.devices)).memory_analysis()
     assert near(name, ON_TPU[name], found.peak_memory_in_bytes)
 
 
 STATES = ON_HOST | ON_TPU | dict(
-    llama3_70b_v6e_256=Pair(llama3_70b_v6e_256.run, axes(fsdp=64, tensor=4)),
-    llama31_405b_v5p_512=Pair(llama31_405b_v5p_512.run, axes(fsdp=64, tensor=8)),
     vocabulary_in_stages=host(SMALL, "fsdp_pp_vp", axes(fsdp=2, stage=4), batch=32),
     adafactor_tp=host(SMALL, "fsdp_tp", axes(fsdp=4, tensor=2), optimizer=Adafactor()),
     local=host(SMALL, "fsdp", axes(data=2, fsdp=4), local=DiLoCo(every=10)),
