@@ -137,6 +137,8 @@ class Part:
     "Feed-forwards that a token passes: 1, or as many as its experts' buffers have rows for it."
     routed: float
     "Those among them that it travels to."
+    copies: int
+    "Of what experts compute: a round that may be skipped keeps its own, its condition's, and what is computed again."
 
     @property
     def scores(self) -> float:
@@ -159,7 +161,9 @@ def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
     local = {d: size / ways(layout.inner.get(d), sizes) for d, size in letters.items() if d not in "DE"}
     outward = [m for m in run.model.matrices()["mlp"] if m.dims.endswith("FD")]
     met = sum(m.count * m.share * letters["E"] for m in outward if "E" in m.dims)
-    routed = met * (getattr(run.model, "capacity", 0) or (SLACK if ways(layout.inner.get("E"), sizes) > 1 else 1))
+    capacity = getattr(run.model, "capacity", 0)
+    rounds = bool(met) and not capacity and ways(layout.inner.get("E"), sizes) > 1
+    routed = met * (capacity or (SLACK if rounds else 1))
     return Part(
         tokens=tokens / inside,
         stream=tokens / ways(layout.stream.get("T"), sizes),
@@ -170,6 +174,7 @@ def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
         letters=local | {"D": letters["D"]},
         hidden=routed + sum(m.count for m in outward if "E" not in m.dims),
         routed=routed,
+        copies=3 if rounds else 1,
     )
 
 
@@ -181,9 +186,10 @@ def saved(run: Run, one: Part) -> float:
     norms = one.stream * (4 * 4 * D)  # two norms keep their input and its normalised form in float32
     ends = 2 * one.tokens * D * one.number  # the norms' results, gathered
     heads = one.tokens * (K * (3 * H + 2 * G) * one.number + 4 * H)
-    hidden = one.tokens * one.hidden * 6 * F * one.number
-    routed = one.tokens * one.routed * D * (one.number + 4)
-    return norms + ends + heads + hidden + routed
+    routed = 0 if one.copies > 1 else one.routed  # nothing is kept of a round
+    hidden = one.tokens * (one.hidden - one.routed + routed) * 6 * F * one.number
+    travelled = one.tokens * routed * D * (one.number + 4)
+    return norms + ends + heads + hidden + travelled
 
 
 def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) -> Memory:
@@ -220,7 +226,7 @@ def _layer(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
     D, F = one.letters["D"], one.letters["F"]
     hidden, stream = one.tokens * one.hidden * F * one.number, one.tokens * D * one.number
     attention = habits.scores * one.scores + habits.hidden_beside * hidden
-    mlp = habits.scores_beside * one.scores + habits.hidden * hidden + 2 * one.routed * stream
+    mlp = habits.scores_beside * one.scores + one.copies * (habits.hidden * hidden + 2 * one.routed * stream)
     whole = max(_whole(run, sizes, m) / m.count for m in _matrices(run))
     return max(attention, mlp) + habits.stream * stream + 4 * habits.slopes * whole
 

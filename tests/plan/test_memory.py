@@ -141,6 +141,10 @@ ON_TPU = dict(
     experts_fsdp=pair(
         MIXTRAL, V5P, "fsdp", axes(fsdp=8), "v5p:2x2x2", batch=32, sequence=2048, accumulate=2, remat="dots"
     ),
+    experts_dropless=pair(
+        dataclasses.replace(MIXTRAL, capacity=0.0), V5P, "fsdp_ep", axes(fsdp=2, expert=4), "v5p:2x2x2",
+        batch=32, sequence=2048, remat="full",
+    ),
     gpipe=pair(LLAMA_1B, V5P, "fsdp_pp", axes(fsdp=4, stage=4), "v5p:2x2x4", batch=64, sequence=2048, remat="full"),
     circular=pair(
         LLAMA_1B, V5P, "fsdp_pp", axes(fsdp=4, stage=4), "v5p:2x2x4",
