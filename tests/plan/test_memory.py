@@ -163,6 +163,12 @@ ON_TPU = dict(
         llama_1b_h200.run.model, V5P, "dp", axes(data=4), "v5p:2x2x1",
         batch=512, sequence=4096, accumulate=32, remat="full",
     ),
+    tied_fsdp=pair(
+        llama_1b_h200.run.model, V5E, "fsdp", axes(fsdp=16), "v5e:4x4", batch=64, sequence=1024, accumulate=4
+    ),
+    llama3_8b_tp=pair(
+        LLAMA_8B, V5P, "fsdp_tp", axes(data=2, fsdp=16, tensor=2), "v5p:4x4x4", batch=64, sequence=2048
+    ),
     llama3_70b_v6e_256=Pair(llama3_70b_v6e_256.run, axes(fsdp=64, tensor=4), "v6e:16x16"),
     llama3_70b_v5p_128_x2=Pair(llama3_70b_v5p_128_x2.run, axes(data=2, fsdp=32, tensor=4), "v5p:4x4x8"),
     llama31_405b_v5p_512=Pair(llama31_405b_v5p_512.run, axes(fsdp=64, tensor=8), "v5p:8x8x8"),
