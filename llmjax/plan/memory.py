@@ -181,8 +181,11 @@ def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
 def saved(run: Run, one: Part) -> float:
     """Bytes that one layer leaves for the backward pass of one microbatch."""
     D, H, G, K, F = (one.letters[d] for d in "DHGKF")
-    if run.remat != "none":  # the stream alone: no policy sees into the products, whose derivative is our own
+    if run.remat == "full":
         return one.stream * D * one.number
+    if run.remat == "dots":  # the stream and the products that are needed: not the last, and none of travelling tokens
+        into_F = sum(m.count for m in run.model.matrices()["mlp"] if m.dims == "DF")
+        return one.number * (2 * one.stream * D + one.tokens * ((H + 2 * G) * K + into_F * F))
     norms = one.stream * (4 * 4 * D)  # two norms keep their input and its normalised form in float32
     ends = 2 * one.tokens * D * one.number  # the norms' results, gathered
     heads = one.tokens * (K * (3 * H + 2 * G) * one.number + 4 * H)

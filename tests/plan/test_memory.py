@@ -100,6 +100,7 @@ ON_HOST = dict(
     fsdp=host(SMALL, "fsdp", axes(fsdp=8), batch=16, sequence=512),
     sp=host(SMALL, "fsdp_tp_sp", axes(fsdp=2, tensor=4), batch=16, sequence=512, remat="full"),
     context=host(SMALL, "fsdp_cp", axes(fsdp=2, context=4), batch=4, sequence=1024, remat="full"),
+    dots=host(SMALL, "fsdp_tp", axes(fsdp=4, tensor=2), batch=16, sequence=512, remat="dots"),
     accumulated=host(SMALL, "dp", axes(data=8), batch=32, sequence=256, accumulate=2),
     experts=host(ROUTED, "fsdp_ep", axes(fsdp=2, expert=4), batch=16, sequence=256),
     stages=host(SMALL, "fsdp_pp", axes(fsdp=4, stage=2), batch=32, sequence=256),
