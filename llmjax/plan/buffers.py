@@ -10,8 +10,8 @@ from llmjax.plan.hlo import Instruction, Module
 
 KEPT = 16  # buffers listed
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-INHERIT = frozenset("bitcast get-tuple-element tuple while opt-barrier copy-done async-done async-update "
-                    "all-gather-done all-reduce-done collective-permute-done dynamic-update-slice call".split())  # fmt: skip
+INHERIT = {"bitcast", "get-tuple-element", "tuple", "while", "opt-barrier", "copy-done", "async-done", "async-update",
+           "all-gather-done", "all-reduce-done", "collective-permute-done", "dynamic-update-slice", "call"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,6 @@ def _peak(module: Module, computation: str, done: dict[str, tuple[int, Live]]) -
     if computation in done:
         return done[computation]
     instructions = list(module.computations[computation].values())
-    beside = module.computations[computation]
     owners = _owners(module, computation)
     last: dict[str, int] = {}
     for i, x in enumerate(instructions):
@@ -110,9 +109,11 @@ def _peak(module: Module, computation: str, done: dict[str, tuple[int, Live]]) -
     entry = computation == module.entry
     live, now, best = {}, 0, (0, {})
     for i, x in enumerate(instructions):
-        if x.opcode == "parameter" and entry or owners.get(x.name) == (x.name,) and x.opcode not in INHERIT:
-            size = 0 if x.opcode == "parameter" and not entry else padded(x.type)
+        given = x.opcode == "parameter" and not entry
+        if owners.get(x.name) == (x.name,) and x.opcode not in INHERIT and not given:
+            size = padded(x.type)
             if size:
+                last.setdefault(x.name, i)
                 if x.opcode == "parameter":
                     last[x.name] = len(instructions)  # nobody else may have an argument's memory
                 live[x.name] = size, shape_of(x), x.operation() or x.name, module.place(x)

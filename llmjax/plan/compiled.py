@@ -1,5 +1,6 @@
 """A run's own train step, compiled for a cluster that is not there, and what the compiler says of it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -47,8 +48,10 @@ class Memory:
     temporaries: int | None
     "Activations, gradients, gathered weights."
     code: int | None
+    peak: int | None
+    "What the compiler itself says is used at most at once, of arguments, outputs and temporaries."
     total: int
-    "At the peak: arguments + outputs - aliased + temporaries + code, or what the compiler asks for when it refuses."
+    "The peak and the code, or what the compiler asks for when it refuses."
     capacity: int | None
     "Of the chip; None where it is not known."
 
@@ -99,10 +102,8 @@ def mesh(cluster: Cluster, sizes: Axes) -> Mesh:
 
 
 def _emulated(count: int) -> list[jax.Device]:
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX has started: what there is may be enough
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # JAX has started: what there is may be enough
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise Refused(f"{count} emulated devices are needed, but JAX started with {len(devices)}: start a new process.")
@@ -177,7 +178,7 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         said = buffers.refusal(str(error))
-        none = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code"))
+        none = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code", "peak"))
         memory = Memory(**held, **none, total=said.needed)
         return Report(said.sentence, memory, said.buffers, (), None, {}, (), **about)
     module = hlo.parse(program.as_text())
@@ -189,7 +190,7 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
         rows=read.rows,
         time=read.time if schedule.clock(chip) else None,
         unknown=read.unknown,
-        warnings=tuple(schedule.warnings(read.rows, sizes)),
+        warnings=tuple(schedule.warnings(read.rows)),
         **about,
     )
 
@@ -204,7 +205,7 @@ def _memory(program: jax.stages.Compiled, held: dict) -> Memory:
         code=stats.generated_code_size_in_bytes,
     )
     total = sum(parts.values()) - 2 * parts["aliased"]
-    return Memory(**held, **parts, total=total)
+    return Memory(**held, **parts, peak=stats.peak_memory_in_bytes, total=total)
 
 
 def versions(cluster: Cluster) -> str:
@@ -230,7 +231,7 @@ def _cached(file: Path) -> Report | None:
 
 
 def _store(file: Path, found: Report) -> None:
-    """Writes a report whole or not at all; a disk that is full costs the next plan its time, not this one its result."""
+    """Writes a report whole or not at all; a full disk costs the next plan its time, not this one its result."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False, encoding="utf-8") as out:

@@ -1,4 +1,4 @@
-"""Seconds of a step from a TPU program in the order in which it runs: what each fusion costs, what travels meanwhile."""
+"""Seconds of a step from a TPU program in the order in which it runs: what fusions cost and what travels meanwhile."""
 
 import collections
 import dataclasses
@@ -15,13 +15,12 @@ from llmjax.plan.hlo import Instruction, Module, Numbers
 # v5e 4 of 128² (cloud.google.com/tpu/docs); with them the compiler's cycles of a large product are 75 to 95% of peak.
 FLOP_PER_CYCLE = {"TPU v4": 2 * 8 * 128**2, "TPU v5e": 2 * 4 * 128**2, "TPU v5p": 2 * 8 * 128**2,
                   "TPU v6e": 2 * 4 * 256**2, "TPU 7x": 2 * 4 * 256**2}  # fmt: skip
-FREE = frozenset(
-    "parameter constant get-tuple-element tuple bitcast after-all opt-barrier partition-id replica-id domain "
-    "add-dependency copy-start copy-done slice-start slice-done dynamic-slice-start dynamic-slice-done "
-    "dynamic-update-slice-start dynamic-update-slice-done async-update".split()
-)  # copies between a chip's memories run beside everything else
-KNOWN_CALLS = frozenset("AllocateBuffer AssumeGatherIndicesInBound Sharding AsyncCollectiveStart "
-                        "AsyncCollectiveDone ConcatBitcast".split())  # fmt: skip
+FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
+        "replica-id", "domain", "add-dependency", "copy-start", "copy-done", "slice-start", "slice-done",
+        "dynamic-slice-start", "dynamic-slice-done", "async-update"}  # fmt: skip
+# Copies between a chip's memories run beside everything else.
+KNOWN_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "AsyncCollectiveStart",
+               "AsyncCollectiveDone", "ConcatBitcast"}  # fmt: skip
 SMALL = 1 << 16  # bytes below which something that the compiler gives no cycles for takes no time
 
 Roofline = Callable[[Instruction], float | None]
@@ -326,13 +325,12 @@ def part_of(operation: str) -> str:
     return "optimizer" if operation.startswith("jit(") and "/while" not in operation else "other"
 
 
-def warnings(rows: Sequence[Row], sizes: Axes) -> Iterator[str]:
+def warnings(rows: Sequence[Row]) -> Iterator[str]:
     """What in a program's communication is worth a look, a sentence each."""
     for row in rows:
-        at_once = [axis for axis in row.axes if axis == "fsdp"]
-        if row.kind == "all-reduce" and at_once and row.module in ("attention", "mlp", "block", "head", "embedding"):
-            if row.bytes / max(row.count, 1) > SMALL * 16:
-                yield (
-                    f"{row.count} all-reduces of {row.bytes / row.count / 1e6:.1f} MB over {' x '.join(row.axes)} in "
-                    f"{row.module}, where an all-gather or a reduce-scatter would send half as much."
-                )
+        each = row.bytes / max(row.count, 1)
+        if row.kind == "all-reduce" and "fsdp" in row.axes and row.module != "optimizer" and each > 1e6:
+            yield (
+                f"{row.count} all-reduces of {each / 1e6:.1f} MB over {' x '.join(row.axes)} in {row.module}, where "
+                f"gathers or scatters would send half as much."
+            )
