@@ -49,9 +49,9 @@ class Memory:
     "Activations, gradients, gathered weights."
     code: int | None
     peak: int | None
-    "What the compiler itself says is used at most at once, of arguments, outputs and temporaries."
+    "Of a TPU: the most that is in use at once, which decides whether a program is refused; else None."
     total: int
-    "The peak and the code, or what the compiler asks for when it refuses."
+    "The peak, or arguments + outputs - aliased + temporaries + code, or what the compiler asks for when it refuses."
     capacity: int | None
     "Of the chip; None where it is not known."
 
@@ -185,7 +185,7 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
     read = schedule.read(module, made.mesh, made.run.mesh, sizes, roofline)
     return Report(
         refusal="",
-        memory=_memory(program, held),
+        memory=_memory(program, held, chip.platform == "tpu"),
         buffers=buffers.largest(module),
         rows=read.rows,
         time=read.time if schedule.clock(chip) else None,
@@ -195,7 +195,7 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
     )
 
 
-def _memory(program: jax.stages.Compiled, held: dict) -> Memory:
+def _memory(program: jax.stages.Compiled, held: dict, on_tpu: bool) -> Memory:
     stats = program.memory_analysis()
     parts = dict(
         arguments=stats.argument_size_in_bytes,
@@ -204,8 +204,9 @@ def _memory(program: jax.stages.Compiled, held: dict) -> Memory:
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-    total = sum(parts.values()) - 2 * parts["aliased"]
-    return Memory(**held, **parts, peak=stats.peak_memory_in_bytes, total=total)
+    peak = stats.peak_memory_in_bytes if on_tpu else None  # a CPU's counts no temporaries
+    total = peak or sum(parts.values()) - 2 * parts["aliased"]
+    return Memory(**held, **parts, peak=peak, total=total)
 
 
 def versions(cluster: Cluster) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -17,10 +18,10 @@ FLOP_PER_CYCLE = {"TPU v4": 2 * 8 * 128**2, "TPU v5e": 2 * 4 * 128**2, "TPU v5p"
                   "TPU v6e": 2 * 4 * 256**2, "TPU 7x": 2 * 4 * 256**2}  # fmt: skip
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
         "replica-id", "domain", "add-dependency", "copy-start", "copy-done", "slice-start", "slice-done",
-        "dynamic-slice-start", "dynamic-slice-done", "async-update"}  # fmt: skip
+        "dynamic-slice-start", "dynamic-slice-done", "async-update", "send-done", "recv", "recv-done"}  # fmt: skip
 # Copies between a chip's memories run beside everything else.
 KNOWN_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "AsyncCollectiveStart",
-               "AsyncCollectiveDone", "ConcatBitcast"}  # fmt: skip
+               "AsyncCollectiveDone", "ConcatBitcast", "SliceId", "ZeroCrop"}  # fmt: skip
 SMALL = 1 << 16  # bytes below which something that the compiler gives no cycles for takes no time
 
 Roofline = Callable[[Instruction], float | None]
@@ -132,9 +133,7 @@ def read(
     sums = reader.sums
     exposed: dict[str, float] = collections.defaultdict(float)
     rows = []
-    for (kind, axes, part), (count, size, seconds, sources) in sums.rows.items():
-        where = links.span(cluster, sizes, axes) if axes else None
-        network = "outside" if where and where.outside > 1 else "inside"
+    for (kind, axes, part), (count, size, seconds, sources, network) in sums.rows.items():
         waited = sums.exposed[kind, axes, part]
         exposed[" x ".join(axes) or "?"] += waited
         rows.append(Row(kind, axes, part, network, count, size, seconds, waited, tuple(sources[:4])))
@@ -160,35 +159,38 @@ def _instruction(reader: _Reader, computation: str, x: Instruction, known: Numbe
         at.now += often * _run(reader, body, inside, count * often)
     elif x.opcode == "conditional":
         at.now += max(_run(reader, name, {}, count) for name in x.called())
-    elif x.opcode in ("call", "async-start") and not _travels(reader.module, x):
+    elif x.opcode in ("call", "async-start") and not _travels(reader.module, computation, x):
         at.now += sum(_run(reader, name, {}, count) for name in x.called())
     elif (key := _ends(reader.module, computation, x)) is not None and key in at.pending:
         end, row, seconds = at.pending.pop(key)
         waited = min(max(0.0, end - at.now), seconds)
         at.now += waited
         reader.sums.exposed[row] += count * waited
-    elif found := _travels(reader.module, x):
-        _send(reader, x, *found, count, at)
+    elif found := _travels(reader.module, computation, x):
+        _send(reader, computation, x, *found, count, at)
     else:
-        part, seconds = _cost(reader, x, count)
+        part, seconds = _cost(reader, computation, x, count)
         reader.sums.seconds[part] += count * seconds
         at.now += seconds
 
 
-def _send(reader: _Reader, x: Instruction, where: str, collective: Instruction, count: int, at: _Clock) -> None:
+def _send(
+    reader: _Reader, computation: str, x: Instruction, where: str, collective: Instruction, count: int, at: _Clock
+) -> None:
     """Counts a collective, which is waited for at once, or until its end if this is only its start."""
-    found = collectives.read(reader.module, where, collective, reader.mesh)
+    found = collectives.read(reader.module, where, collective, reader.mesh, reader.cluster.slices)
     if found is None:
         return
-    span = links.span(reader.cluster, reader.sizes, found.axes or _all(reader.sizes))
+    span = _span(reader, found.axes, collectives.rendezvous(collective) is not None)
     seconds = links.seconds(found.kind, found.bytes, span, reader.cluster)
-    part = part_of(origin(reader.module, where, collective) or origin(reader.module, _holder(reader, x), x))
+    part = part_of(origin(reader.module, where, collective) or origin(reader.module, computation, x))
     row = found.kind, found.axes, part
-    runs, size, total, sources = reader.sums.rows.get(row, (0, 0, 0.0, []))
+    runs, size, total, sources, network = reader.sums.rows.get(row, (0, 0, 0.0, [], ""))
+    network = "outside" if span.outside > 1 else network or "inside"
     source = found.source if "/" in found.source else reader.module.source(x)
     if source not in sources:
         sources = [*sources, source]
-    reader.sums.rows[row] = runs + count, size + count * found.bytes, total + count * seconds, sources
+    reader.sums.rows[row] = runs + count, size + count * found.bytes, total + count * seconds, sources, network
     beginning, before = max((at.now, row), at.free.get(found.axes, (0.0, row)), key=lambda one: one[0])
     at.free[found.axes] = beginning + seconds, row
     if _starts(reader.module, x):
@@ -203,16 +205,21 @@ def _send(reader: _Reader, x: Instruction, where: str, collective: Instruction, 
         at.now += cycles / rate
 
 
-def _all(sizes: Axes) -> tuple[str, ...]:
-    return tuple(name for name, size in vars(sizes).items() if size > 1)
-
-
-def _holder(reader: _Reader, x: Instruction) -> str:
-    return next((name for name, inside in reader.module.computations.items() if inside.get(x.name) is x), "")
+def _span(reader: _Reader, axes: tuple[str, ...], between: bool) -> links.Span:
+    """Where a group lies; everything that the hosts do not carry stays within a slice."""
+    cluster, sizes = reader.cluster, reader.sizes
+    if between:
+        return links.Span(1, cluster.slices)
+    if cluster.slices > 1:
+        sizes = dataclasses.replace(sizes, data=sizes.data // cluster.slices)
+        cluster = dataclasses.replace(cluster, slices=1, chips=math.prod(sizes.sizes()))
+    return links.span(cluster, sizes, axes or tuple(name for name, size in vars(sizes).items() if size > 1))
 
 
 def _key(x: Instruction, collective: Instruction) -> str:
     """What a start and its end have in common: the channel within a computation, or else the start's name."""
+    if between := collectives.rendezvous(collective):
+        return between
     chain = re.search(r'chain_id="(\d+)"', collective.attributes)
     channel = re.search(r"channel_id=(\d+)", collective.attributes)
     return f"chain {chain[1]} {channel[1]}" if chain and channel else x.name
@@ -227,11 +234,16 @@ def _called_with(module: Module, x: Instruction, target: str) -> Instruction | N
 
 
 def _starts(module: Module, x: Instruction) -> bool:
-    return x.opcode.endswith("-start") or _called_with(module, x, "AsyncCollectiveStart") is not None
+    return (
+        x.opcode.endswith("-start") or x.opcode == "send" or _called_with(module, x, "AsyncCollectiveStart") is not None
+    )
 
 
 def _ends(module: Module, computation: str, x: Instruction) -> str | None:
     """The key of the start that an instruction waits for."""
+    if x.opcode == "recv-done":
+        beside = module.computations[computation]
+        return collectives.rendezvous(beside[x.operands[0]]) if x.operands[0] in beside else None
     if x.opcode.endswith("-done"):
         return x.operands[0] if x.operands else None
     if _called_with(module, x, "AsyncCollectiveDone"):
@@ -240,10 +252,10 @@ def _ends(module: Module, computation: str, x: Instruction) -> str | None:
     return None
 
 
-def _travels(module: Module, x: Instruction) -> tuple[str, Instruction] | None:
+def _travels(module: Module, computation: str, x: Instruction) -> tuple[str, Instruction] | None:
     """(computation, collective) that an instruction is or holds; None for a fusion that only runs beside one."""
     if collectives.kind_of(x):
-        return next(name for name, inside in module.computations.items() if inside.get(x.name) is x), x
+        return computation, x
     if x.opcode not in ("fusion", "async-start", "call"):
         return None
     for name in x.called():
@@ -254,7 +266,7 @@ def _travels(module: Module, x: Instruction) -> tuple[str, Instruction] | None:
     return None
 
 
-def _cost(reader: _Reader, x: Instruction, count: int) -> tuple[str, float]:
+def _cost(reader: _Reader, computation: str, x: Instruction, count: int) -> tuple[str, float]:
     """(what it is, seconds) of an instruction that computes."""
     rate, chip = clock(reader.cluster.chip), reader.cluster.chip
     if x.opcode in FREE or rate is None:
@@ -268,20 +280,19 @@ def _cost(reader: _Reader, x: Instruction, count: int) -> tuple[str, float]:
         return "other", 0.0
     cycles = x.cycles()
     if cycles is None:
-        size = _written(reader, x)
+        size = _written(reader.module.computations[computation], x)
         if size > SMALL:
             reader.sums.unknown[f"{x.opcode} without cycles"] += count
         return "memory", 2 * size / chip.bandwidth if size > SMALL else 0.0
-    operation = origin(reader.module, _holder(reader, x), x)
+    operation = origin(reader.module, computation, x)
     if "scores" in operation.split("/"):
         return "attention", cycles / rate
     return "matmul" if multiplies(reader.module, x) else "memory", cycles / rate
 
 
-def _written(reader: _Reader, x: Instruction) -> int:
+def _written(beside: Mapping[str, Instruction], x: Instruction) -> int:
     """Bytes that an instruction writes; an update in place writes only what is new."""
     if x.opcode == "dynamic-update-slice":
-        beside = reader.module.computations[_holder(reader, x)]
         x = beside.get(x.operands[1], x)
     return sum(array.bytes for array in x.arrays())
 
