@@ -111,12 +111,12 @@ def _peak(module: Module, computation: str, done: dict[str, tuple[int, Live]]) -
     for i, x in enumerate(instructions):
         given = x.opcode == "parameter" and not entry
         if owners.get(x.name) == (x.name,) and x.opcode not in INHERIT and not given:
-            size = padded(x.type)
-            if size:
+            size = padded(x.type) - sum(padded(kind) for kind in _shared(x, module.computations[computation]))
+            if size > 0:
                 last.setdefault(x.name, i)
                 if x.opcode == "parameter":
                     last[x.name] = len(instructions)  # nobody else may have an argument's memory
-                live[x.name] = size, shape_of(x), x.operation() or x.name, module.place(x)
+                live[x.name] = size, shape_of(x), hlo.origin(module, computation, x) or x.name, module.place(x)
                 now += size
         inner, more = 0, {}
         for name in _runs(x):
@@ -127,6 +127,14 @@ def _peak(module: Module, computation: str, done: dict[str, tuple[int, Live]]) -
             now -= live.pop(owner)[0]
     done[computation] = best
     return best
+
+
+def _shared(x: Instruction, beside: Mapping[str, Instruction]) -> tuple[str, ...]:
+    """Types of the operands that lie in a result as they are: of a start's all, of a fusion's those it says."""
+    numbers = re.findall(r"\((\d+), \{", x.attributes[: x.attributes.find("calls=")])
+    names = x.operands if x.opcode.endswith("-start") else [x.operands[int(n)] for n in numbers]
+    aliased = x.opcode.endswith("-start") or "output_to_operand_aliasing" in x.attributes
+    return tuple(beside[name].type for name in names if name in beside) if aliased else ()
 
 
 def _runs(x: Instruction) -> tuple[str, ...]:

@@ -183,7 +183,7 @@ def _send(
         return
     span = _span(reader, found.axes, collectives.rendezvous(collective) is not None)
     seconds = links.seconds(found.kind, found.bytes, span, reader.cluster)
-    part = part_of(origin(reader.module, where, collective) or origin(reader.module, computation, x))
+    part = part_of(hlo.origin(reader.module, where, collective) or hlo.origin(reader.module, computation, x))
     row = found.kind, found.axes, part
     runs, size, total, sources, network = reader.sums.rows.get(row, (0, 0, 0.0, [], ""))
     network = "outside" if span.outside > 1 else network or "inside"
@@ -284,7 +284,7 @@ def _cost(reader: _Reader, computation: str, x: Instruction, count: int) -> tupl
         if size > SMALL:
             reader.sums.unknown[f"{x.opcode} without cycles"] += count
         return "memory", 2 * size / chip.bandwidth if size > SMALL else 0.0
-    operation = origin(reader.module, computation, x)
+    operation = hlo.origin(reader.module, computation, x)
     if "scores" in operation.split("/"):
         return "attention", cycles / rate
     return "matmul" if multiplies(reader.module, x) else "memory", cycles / rate
@@ -305,31 +305,14 @@ def multiplies(module: Module, x: Instruction) -> bool:
     return any(multiplies(module, y) for y in inside)
 
 
-def origin(module: Module, computation: str, x: Instruction) -> str:
-    """The traced operation of an instruction, or where the compiler gives none, of what uses it or what it uses."""
-    if "/" in x.operation() or not computation:
-        return x.operation()
-    beside: Mapping[str, Instruction] = module.computations[computation]
-    names, seen = [x.name], set()
-    for _ in range(4):  # a few hands further
-        users = [y for y in beside.values() if set(names) & set(y.operands) and y.name not in seen]
-        for y in users:
-            if "/" in y.operation() and y.opcode != "while":
-                return y.operation()
-        seen |= {y.name for y in users}
-        names = [y.name for y in users if y.opcode != "tuple"]
-    for name in x.operands:
-        if name in beside and "/" in beside[name].operation():
-            return beside[name].operation()
-    return ""
-
-
 _PARTS = (("attention", r"\battention\b"), ("mlp", r"\bmlp\b"), ("block", r"\bblock\b"),
           ("embedding", r"\bembedding\b"), ("head", r"jvp"))  # fmt: skip
 
 
 def part_of(operation: str) -> str:
     """The part of the model that a traced operation belongs to, by the scopes that models name."""
+    if "attention" in operation and re.search(r"\bmlp\b", operation):
+        return "block"  # what the compiler has put together
     for part, pattern in _PARTS:
         if re.search(pattern, operation):
             return part
