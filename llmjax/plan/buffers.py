@@ -38,6 +38,8 @@ class Refusal:
 
     needed: int
     "Bytes; 0 where it does not say."
+    capacity: int
+    "Bytes that it may use; 0 where it does not say."
     sentence: str
     buffers: tuple[Buffer, ...]
 
@@ -58,8 +60,8 @@ def refusal(message: str) -> Refusal:
     if used:
         needed = round(float(used[1]) * UNITS[used[2]])
         sentence = f"the compiler needs {used[1]}{used[2]} of {used[3]}{used[4]} {used[5]}"
-        return Refusal(needed, sentence, found[:KEPT])
-    return Refusal(int(asked[1]) if asked else 0, message.strip().splitlines()[0][:300], found[:KEPT])
+        return Refusal(needed, round(float(used[3]) * UNITS[used[4]]), sentence, found[:KEPT])
+    return Refusal(int(asked[1]) if asked else 0, 0, message.strip().splitlines()[0][:300], found[:KEPT])
 
 
 def _named(text: str) -> Buffer:

@@ -53,11 +53,7 @@ class Memory:
     total: int
     "The peak, or arguments + outputs - aliased + temporaries + code, or what the compiler asks for when it refuses."
     capacity: int | None
-    "Of the chip; None where it is not known."
-
-    @property
-    def fits(self) -> bool:
-        return self.capacity is None or self.total <= self.capacity
+    "Of the chip, or of it what the compiler says it may use when it refuses; None where it is not known."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +82,12 @@ class Report:
     "Of tracing, lowering and compiling."
     cached: bool = False
     "Whether the program was not compiled again."
+
+    @property
+    def fits(self) -> bool:
+        """What a TPU's compiler takes fits; of other chips the compiler knows nothing, so bytes are compared."""
+        within = self.memory.capacity is None or self.memory.total <= self.memory.capacity
+        return not self.refusal and (within or self.memory.peak is not None)
 
 
 def mesh(cluster: Cluster, sizes: Axes) -> Mesh:
@@ -179,6 +181,7 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
     except jax.errors.JaxRuntimeError as error:
         said = buffers.refusal(str(error))
         none = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code", "peak"))
+        held["capacity"] = said.capacity or held["capacity"]
         memory = Memory(**held, **none, total=said.needed)
         return Report(said.sentence, memory, said.buffers, (), None, {}, (), **about)
     module = hlo.parse(program.as_text())

@@ -20,8 +20,9 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after
         "replica-id", "domain", "add-dependency", "copy-start", "copy-done", "slice-start", "slice-done",
         "dynamic-slice-start", "dynamic-slice-done", "async-update", "send-done", "recv", "recv-done"}  # fmt: skip
 # Copies between a chip's memories run beside everything else.
-KNOWN_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "AsyncCollectiveStart",
-               "AsyncCollectiveDone", "ConcatBitcast", "SliceId", "ZeroCrop"}  # fmt: skip
+KNOWN_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "AsyncCollectiveStart", "AsyncCollectiveDone",
+               "PrepareAsyncCallStart", "PrepareAsyncCallDone", "ConcatBitcast", "SliceId", "ZeroCrop"}  # fmt: skip
+HOLDERS = {"fusion", "call", "async-start", "call-start"}  # a call-start runs on a TPU's sparse core, beside the rest
 SMALL = 1 << 16  # bytes below which something that the compiler gives no cycles for takes no time
 
 Roofline = Callable[[Instruction], float | None]
@@ -131,6 +132,7 @@ def read(
     reader = _Reader(module, mesh, cluster, sizes, roofline, _Sums())
     _run(reader, module.entry, {}, 1)
     sums = reader.sums
+    _within(sums)
     exposed: dict[str, float] = collections.defaultdict(float)
     rows = []
     for (kind, axes, part), (count, size, seconds, sources, network) in sums.rows.items():
@@ -139,6 +141,18 @@ def read(
         rows.append(Row(kind, axes, part, network, count, size, seconds, waited, tuple(sources[:4])))
     time = Time(*(float(sums.seconds[of]) for of in ("matmul", "attention", "memory", "other")), dict(exposed))
     return Schedule(time, tuple(sorted(rows, key=lambda row: -row.seconds)), dict(sums.unknown))
+
+
+def _within(sums: _Sums) -> None:
+    """Waiting for links that several collectives use one after another is charged to the last: to none beyond its time."""
+    for key, row in sums.rows.items():
+        over = sums.exposed[key] - row[2]
+        for other, another in sums.rows.items():
+            if over > 0 and other[1] == key[1] and (room := another[2] - sums.exposed[other]) > 0:
+                moved = min(over, room)
+                sums.exposed[other] += moved
+                sums.exposed[key] -= moved
+                over -= moved
 
 
 def _run(reader: _Reader, computation: str, known: Numbers, count: int) -> float:
@@ -159,6 +173,8 @@ def _instruction(reader: _Reader, computation: str, x: Instruction, known: Numbe
         at.now += often * _run(reader, body, inside, count * often)
     elif x.opcode == "conditional":
         at.now += max(_run(reader, name, {}, count) for name in x.called())
+    elif x.opcode == "call-done" and x.operands[0] not in at.pending:
+        pass
     elif x.opcode in ("call", "async-start") and not _travels(reader.module, computation, x):
         at.now += sum(_run(reader, name, {}, count) for name in x.called())
     elif (key := _ends(reader.module, computation, x)) is not None and key in at.pending:
@@ -256,13 +272,13 @@ def _travels(module: Module, computation: str, x: Instruction) -> tuple[str, Ins
     """(computation, collective) that an instruction is or holds; None for a fusion that only runs beside one."""
     if collectives.kind_of(x):
         return computation, x
-    if x.opcode not in ("fusion", "async-start", "call"):
+    if x.opcode not in HOLDERS:
         return None
     for name in x.called():
         for y in module.computations[name].values():
             beside = 'chain_id="' in y.attributes and not _starts(module, x)
-            if collectives.kind_of(y) and not beside:
-                return name, y
+            if not beside and (found := _travels(module, name, y)):
+                return found
     return None
 
 
@@ -274,11 +290,14 @@ def _cost(reader: _Reader, computation: str, x: Instruction, count: int) -> tupl
     if x.opcode == "custom-call" and x.target() not in KNOWN_CALLS:
         seconds = reader.roofline(x)
         if seconds is None:
-            reader.sums.unknown[f"custom-call {x.target()}, {x.operation() or x.name}"] += count
+            reader.sums.unknown[f"custom-call {x.target()}, {_kernel(x)}"] += count
         return "other", seconds or 0.0
     if x.opcode == "custom-call" or _called_with(reader.module, x, "AsyncCollectiveDone"):
         return "other", 0.0
     cycles = x.cycles()
+    if x.opcode == "call-start":
+        reader.sums.unknown["call-start on the sparse core, taken to be hidden"] += count
+        return "other", 0.0
     if cycles is None:
         size = _written(reader.module.computations[computation], x)
         if size > SMALL:
@@ -288,6 +307,11 @@ def _cost(reader: _Reader, computation: str, x: Instruction, count: int) -> tupl
     if "scores" in operation.split("/"):
         return "attention", cycles / rate
     return "matmul" if multiplies(reader.module, x) else "memory", cycles / rate
+
+
+def _kernel(x: Instruction) -> str:
+    """Which kernel a custom call is, by the scopes nearest to it."""
+    return "/".join(x.operation().split("/")[-2:]) or re.sub(r"[.\d]+$", "", x.name)
 
 
 def _written(beside: Mapping[str, Instruction], x: Instruction) -> int:

@@ -48,7 +48,7 @@ def test_a_gpu_cluster_is_compiled_for_emulated_devices(on_gpus):
     assert report.memory.total == report.memory.arguments + report.memory.outputs - report.memory.aliased + (
         report.memory.temporaries + report.memory.code
     )
-    assert report.memory.fits and report.memory.capacity == 80e9
+    assert report.fits and report.memory.capacity == 80e9
     assert report.time is None and not report.refusal and not report.cached
 
 
@@ -114,7 +114,7 @@ def test_an_open_chip_is_refused():
 def test_a_tpu_slice_is_compiled_for_without_a_tpu(tmp_path):
     run = tiny(V5E_4)
     report = compiled.report(run, program.resolve(run, 4), cache=tmp_path)
-    assert not report.refusal and report.memory.fits and report.memory.peak > report.memory.arguments
+    assert not report.refusal and report.fits and report.memory.peak > report.memory.arguments
     assert report.time.matmul > 0 and report.time.attention > 0 and report.time.memory > 0
     assert report.time.exposed.keys() == {"fsdp"}
     assert {"attention", "mlp", "head", "embedding"} <= {row.module for row in report.rows}
