@@ -64,7 +64,7 @@ class Report:
     "Why there is no program, in a sentence, or nothing. Then only memory and buffers say anything."
     memory: Memory
     buffers: tuple[Buffer, ...]
-    "The largest that are live at the peak, or that the compiler names when it refuses."
+    "The largest that are live at the peak; where the compiler refuses, those it names or a roomier chip would hold."
     rows: tuple[Row, ...]
     "Communication, the longest first. On emulated devices nothing is hidden."
     time: Time | None
@@ -177,18 +177,20 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
         axes=sizes, chip=chip.name, topology=made.run.mesh.topology, compiler=versions(made.run.mesh), seconds=0.0
     )
     try:
-        program = lowered.compile()
+        executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         said = buffers.refusal(str(error))
         none = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code", "peak"))
         held["capacity"] = said.capacity or held["capacity"]
-        memory = Memory(**held, **none, total=said.needed)
-        return Report(said.sentence, memory, said.buffers, (), None, {}, (), **about)
-    module = hlo.parse(program.as_text())
+        total = said.needed + sum(held[name] for name in ("parameters", "optimizer", "batch"))
+        memory = Memory(**held, **none, total=total)
+        listed = said.buffers or (_largest_elsewhere(made.run, sizes) if chip.platform == "tpu" else ())
+        return Report(said.sentence, memory, listed, (), None, {}, (), **about)
+    module = hlo.parse(executable.as_text())
     read = schedule.read(module, made.mesh, made.run.mesh, sizes, roofline)
     return Report(
         refusal="",
-        memory=_memory(program, held, chip.platform == "tpu"),
+        memory=_memory(executable, held, chip.platform == "tpu"),
         buffers=buffers.largest(module),
         rows=read.rows,
         time=read.time if schedule.clock(chip) else None,
@@ -198,8 +200,21 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
     )
 
 
-def _memory(program: jax.stages.Compiled, held: dict, on_tpu: bool) -> Memory:
-    stats = program.memory_analysis()
+def _largest_elsewhere(run: Run, sizes: Axes) -> tuple[Buffer, ...]:
+    """The largest buffers of a program that a chip has no room for: what a v5p, which has more, would hold."""
+    roomy = dataclasses.replace(run.mesh.chip, name="TPU v5p")
+    cluster = dataclasses.replace(run.mesh, chip=roomy, slices=1, topology="", chips=_product(sizes))
+    try:
+        made = program.make(run, mesh(cluster, sizes), roomy)
+        with made.context():
+            text = made.step.lower(placed(made), made.abstract_batch()).compile().as_text()
+    except (Refused, jax.errors.JaxRuntimeError):
+        return ()
+    return buffers.largest(hlo.parse(text))
+
+
+def _memory(executable: jax.stages.Compiled, held: dict, on_tpu: bool) -> Memory:
+    stats = executable.memory_analysis()
     parts = dict(
         arguments=stats.argument_size_in_bytes,
         outputs=stats.output_size_in_bytes,
@@ -218,11 +233,11 @@ def versions(cluster: Cluster) -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
-def _key(program: str, cluster: Cluster, sizes: Axes) -> str:
+def _key(traced: str, cluster: Cluster, sizes: Axes) -> str:
     """Everything that decides a report: the program traced, the readers of what is compiled, the machine."""
     readers = b"".join(Path(module.__file__).read_bytes() for module in (hlo, schedule, buffers, schedule.collectives))
     what = json.dumps([FORMAT, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
-    return hashlib.sha256(b"\0".join((program.encode(), readers, what))).hexdigest()[:32]
+    return hashlib.sha256(b"\0".join((traced.encode(), readers, what))).hexdigest()[:32]
 
 
 def _cached(file: Path) -> Report | None:

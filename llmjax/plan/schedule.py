@@ -20,8 +20,9 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after
         "replica-id", "domain", "add-dependency", "copy-start", "copy-done", "slice-start", "slice-done",
         "dynamic-slice-start", "dynamic-slice-done", "async-update", "send-done", "recv", "recv-done"}  # fmt: skip
 # Copies between a chip's memories run beside everything else.
-KNOWN_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "AsyncCollectiveStart", "AsyncCollectiveDone",
-               "PrepareAsyncCallStart", "PrepareAsyncCallDone", "ConcatBitcast", "SliceId", "ZeroCrop"}  # fmt: skip
+KNOWN_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "AsyncCollectiveStart",
+               "AsyncCollectiveDone", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "ConcatBitcast", "SliceId",
+               "ZeroCrop"}  # fmt: skip
 HOLDERS = {"fusion", "call", "async-start", "call-start"}  # a call-start runs on a TPU's sparse core, beside the rest
 SMALL = 1 << 16  # bytes below which something that the compiler gives no cycles for takes no time
 
@@ -144,7 +145,7 @@ def read(
 
 
 def _within(sums: _Sums) -> None:
-    """Waiting for links that several collectives use one after another is charged to the last: to none beyond its time."""
+    """Waiting for links is charged to the last of those in their queue: moves to the others what exceeds its time."""
     for key, row in sums.rows.items():
         over = sums.exposed[key] - row[2]
         for other, another in sums.rows.items():
