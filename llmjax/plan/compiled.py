@@ -19,9 +19,10 @@ from jax.sharding import Mesh, NamedSharding
 from llmjax import mesh as meshes
 from llmjax.errors import Refused
 from llmjax.mesh import Axes, Chip, Cluster
-from llmjax.plan import buffers, hlo, schedule, topology
+from llmjax.plan import buffers, collectives, cost, hlo, links, schedule, topology
 from llmjax.plan.buffers import Buffer
-from llmjax.plan.schedule import Roofline, Row, Time
+from llmjax.plan.cost import Roofline
+from llmjax.plan.schedule import Row, Time
 from llmjax.plan.topology import NoCompiler
 from llmjax.run import Run, from_json, to_json
 from llmjax.train import program
@@ -193,7 +194,7 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
         memory=_memory(executable, held, chip.platform == "tpu"),
         buffers=buffers.largest(module),
         rows=read.rows,
-        time=read.time if schedule.clock(chip) else None,
+        time=read.time if cost.clock(chip) else None,
         unknown=read.unknown,
         warnings=tuple(schedule.warnings(read.rows)),
         **about,
@@ -235,7 +236,9 @@ def versions(cluster: Cluster) -> str:
 
 def _key(traced: str, cluster: Cluster, sizes: Axes) -> str:
     """Everything that decides a report: the program traced, the readers of what is compiled, the machine."""
-    readers = b"".join(Path(module.__file__).read_bytes() for module in (hlo, schedule, buffers, schedule.collectives))
+    readers = b"".join(
+        Path(module.__file__).read_bytes() for module in (hlo, schedule, buffers, collectives, cost, links)
+    )
     what = json.dumps([FORMAT, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
     return hashlib.sha256(b"\0".join((traced.encode(), readers, what))).hexdigest()[:32]
 

@@ -4,29 +4,16 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from jax.sharding import AbstractMesh, Mesh
 
-from llmjax.mesh import Axes, Chip, Cluster
+from llmjax.mesh import Axes, Cluster
 from llmjax.plan import collectives, hlo, links
+from llmjax.plan.cost import Roofline, calls, clock, cost, part_of
 from llmjax.plan.hlo import Instruction, Module, Numbers
 
-# Cycles per second. A chip's peak is FLOP/cycle x clock. FLOP/cycle is 2 x side² x units: v4 and v5p 8 units of 128²,
-# v5e 4 of 128² (cloud.google.com/tpu/docs); with them the compiler's cycles of a large product are 75 to 95% of peak.
-FLOP_PER_CYCLE = {"TPU v4": 2 * 8 * 128**2, "TPU v5e": 2 * 4 * 128**2, "TPU v5p": 2 * 8 * 128**2,
-                  "TPU v6e": 2 * 4 * 256**2, "TPU 7x": 2 * 4 * 256**2}  # fmt: skip
-FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
-        "replica-id", "domain", "add-dependency", "copy-start", "copy-done", "slice-start", "slice-done",
-        "dynamic-slice-start", "dynamic-slice-done", "async-update", "send-done", "recv", "recv-done"}  # fmt: skip
-# Copies between a chip's memories run beside everything else.
-KNOWN_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "AsyncCollectiveStart",
-               "AsyncCollectiveDone", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "ConcatBitcast", "SliceId",
-               "ZeroCrop"}  # fmt: skip
 HOLDERS = {"fusion", "call", "async-start", "call-start"}  # a call-start runs on a TPU's sparse core, beside the rest
-SMALL = 1 << 16  # bytes below which something that the compiler gives no cycles for takes no time
-
-Roofline = Callable[[Instruction], float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +66,6 @@ class Schedule:
     rows: tuple[Row, ...]
     unknown: dict[str, int]
     "Operations whose cost is not known, with the times they run in a step."
-
-
-def clock(chip: Chip) -> float | None:
-    """Cycles per second of a TPU."""
-    per_cycle = FLOP_PER_CYCLE.get(chip.name)
-    return chip.flops / per_cycle if per_cycle and chip.flops else None
 
 
 @dataclasses.dataclass
@@ -186,9 +167,10 @@ def _instruction(reader: _Reader, computation: str, x: Instruction, known: Numbe
     elif found := _travels(reader.module, computation, x):
         _send(reader, computation, x, *found, count, at)
     else:
-        part, seconds = _cost(reader, computation, x, count)
-        reader.sums.seconds[part] += count * seconds
-        at.now += seconds
+        found = cost(reader.module, computation, x, reader.cluster.chip, reader.roofline)
+        reader.sums.seconds[found.part] += count * found.seconds
+        reader.sums.unknown.update({found.unknown: count} if found.unknown else {})
+        at.now += found.seconds
 
 
 def _send(
@@ -242,18 +224,8 @@ def _key(x: Instruction, collective: Instruction) -> str:
     return f"chain {chain[1]} {channel[1]}" if chain and channel else x.name
 
 
-def _called_with(module: Module, x: Instruction, target: str) -> Instruction | None:
-    """The custom call of that name in what a fusion calls."""
-    if x.opcode != "fusion":
-        return None
-    inside = (y for name in x.called() for y in module.computations[name].values())
-    return next((y for y in inside if y.opcode == "custom-call" and y.target() == target), None)
-
-
 def _starts(module: Module, x: Instruction) -> bool:
-    return (
-        x.opcode.endswith("-start") or x.opcode == "send" or _called_with(module, x, "AsyncCollectiveStart") is not None
-    )
+    return x.opcode.endswith("-start") or x.opcode == "send" or calls(module, x, "AsyncCollectiveStart")
 
 
 def _ends(module: Module, computation: str, x: Instruction) -> str | None:
@@ -263,7 +235,7 @@ def _ends(module: Module, computation: str, x: Instruction) -> str | None:
         return collectives.rendezvous(beside[x.operands[0]]) if x.operands[0] in beside else None
     if x.opcode.endswith("-done"):
         return x.operands[0] if x.operands else None
-    if _called_with(module, x, "AsyncCollectiveDone"):
+    if calls(module, x, "AsyncCollectiveDone"):
         inside = (y for name in x.called() for y in module.computations[name].values())
         return next((_key(x, y) for y in inside if collectives.kind_of(y)), None)
     return None
@@ -281,67 +253,6 @@ def _travels(module: Module, computation: str, x: Instruction) -> tuple[str, Ins
             if not beside and (found := _travels(module, name, y)):
                 return found
     return None
-
-
-def _cost(reader: _Reader, computation: str, x: Instruction, count: int) -> tuple[str, float]:
-    """(what it is, seconds) of an instruction that computes."""
-    rate, chip = clock(reader.cluster.chip), reader.cluster.chip
-    if x.opcode in FREE or rate is None:
-        return "other", 0.0
-    if x.opcode == "custom-call" and x.target() not in KNOWN_CALLS:
-        seconds = reader.roofline(x)
-        if seconds is None:
-            reader.sums.unknown[f"custom-call {x.target()}, {_kernel(x)}"] += count
-        return "other", seconds or 0.0
-    if x.opcode == "custom-call" or _called_with(reader.module, x, "AsyncCollectiveDone"):
-        return "other", 0.0
-    cycles = x.cycles()
-    if x.opcode == "call-start":
-        reader.sums.unknown["call-start on the sparse core, taken to be hidden"] += count
-        return "other", 0.0
-    if cycles is None:
-        size = _written(reader.module.computations[computation], x)
-        if size > SMALL:
-            reader.sums.unknown[f"{x.opcode} without cycles"] += count
-        return "memory", 2 * size / chip.bandwidth if size > SMALL else 0.0
-    operation = hlo.origin(reader.module, computation, x)
-    if "scores" in operation.split("/"):
-        return "attention", cycles / rate
-    return "matmul" if multiplies(reader.module, x) else "memory", cycles / rate
-
-
-def _kernel(x: Instruction) -> str:
-    """Which kernel a custom call is, by the scopes nearest to it."""
-    return "/".join(x.operation().split("/")[-2:]) or re.sub(r"[.\d]+$", "", x.name)
-
-
-def _written(beside: Mapping[str, Instruction], x: Instruction) -> int:
-    """Bytes that an instruction writes; an update in place writes only what is new."""
-    if x.opcode == "dynamic-update-slice":
-        x = beside.get(x.operands[1], x)
-    return sum(array.bytes for array in x.arrays())
-
-
-def multiplies(module: Module, x: Instruction) -> bool:
-    """Whether an instruction holds a matrix product."""
-    if x.opcode in ("convolution", "dot"):
-        return True
-    inside = (y for name in x.called() if x.opcode == "fusion" for y in module.computations[name].values())
-    return any(multiplies(module, y) for y in inside)
-
-
-_PARTS = (("attention", r"\battention\b"), ("mlp", r"\bmlp\b"), ("block", r"\bblock\b"),
-          ("embedding", r"\bembedding\b"), ("head", r"jvp"))  # fmt: skip
-
-
-def part_of(operation: str) -> str:
-    """The part of the model that a traced operation belongs to, by the scopes that models name."""
-    if "attention" in operation and re.search(r"\bmlp\b", operation):
-        return "block"  # what the compiler has put together
-    for part, pattern in _PARTS:
-        if re.search(pattern, operation):
-            return part
-    return "optimizer" if operation.startswith("jit(") and "/while" not in operation else "other"
 
 
 def warnings(rows: Sequence[Row]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmjax.mesh import Axes, Cluster, abstract_mesh
-from llmjax.plan import hlo, links, schedule
+from llmjax.plan import cost, hlo, links, schedule
 from meshes.chips import TPU_7X, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E
 
 FOLDER = Path(__file__).parent / "hlo"
@@ -38,7 +38,7 @@ def read(name: str, **options) -> schedule.Schedule:
 def test_the_compilers_cycles_of_a_large_product_are_near_the_chips_peak(chip):
     module = program(f"{chip.name.removeprefix('TPU ').removeprefix('TPU')}_matmul")
     cycles = sum(x.cycles() or 0 for x in module.computations[module.entry].values())
-    reached = 2 * 8192**3 / (cycles / schedule.clock(chip)) / chip.flops
+    reached = 2 * 8192**3 / (cycles / cost.clock(chip)) / chip.flops
     assert 0.7 < reached < 0.95
 
 
@@ -114,7 +114,7 @@ def test_what_is_not_understood_is_listed_and_a_roofline_makes_a_kernel_understo
     assert found.unknown == {"custom-call tpu_custom_call, scores/splash": 1, "whatever without cycles": 1}
     assert found.time.memory == pytest.approx(2 * 2 * 4096**2 / TPU_V5P.bandwidth)
     known = schedule.read(module, mesh, cluster, sizes, lambda call: 2.5 if "splash" in call.operation() else None)
-    assert known.unknown == {"whatever without cycles": 1} and known.time.other == 2.5
+    assert known.unknown == {"whatever without cycles": 1} and known.time.attention == 2.5
 
 
 @pytest.mark.parametrize("operation, part", [
@@ -128,4 +128,4 @@ def test_what_is_not_understood_is_listed_and_a_roofline_makes_a_kernel_understo
     ("", "other"),
 ])  # fmt: skip
 def test_an_operation_belongs_to_the_part_of_the_model_that_traced_it(operation, part):
-    assert schedule.part_of(operation) == part
+    assert cost.part_of(operation) == part
