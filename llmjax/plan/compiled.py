@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -100,24 +101,17 @@ def mesh(cluster: Cluster, sizes: Axes) -> Mesh:
     """
     if cluster.chip is not None and cluster.chip.platform == "tpu":
         return meshes.device_mesh(sizes, topology.devices(cluster), cluster.slices)
-    devices = _emulated(_product(sizes))
-    return meshes.device_mesh(sizes, devices, 1)
+    count = math.prod(sizes.sizes())
+    devices = _emulated(count)
+    if len(devices) < count:
+        raise Refused(f"{count} emulated devices are needed, but JAX started with {len(devices)}: start a new process.")
+    return meshes.device_mesh(sizes, devices)
 
 
 def _emulated(count: int) -> list[jax.Device]:
     with contextlib.suppress(RuntimeError):  # JAX has started: what there is may be enough
         jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices("cpu")
-    if len(devices) < count:
-        raise Refused(f"{count} emulated devices are needed, but JAX started with {len(devices)}: start a new process.")
-    return devices[:count]
-
-
-def _product(sizes: Axes) -> int:
-    count = 1
-    for size in sizes.sizes():
-        count *= size
-    return count
+    return jax.devices("cpu")[:count]
 
 
 def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofline = lambda call: None) -> Report:
@@ -134,13 +128,14 @@ def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofli
     chip = run.mesh.chip
     if chip is None:
         raise Refused(f"mesh {run.mesh.name} leaves its chip open: choose a mesh with a known chip.")
-    if chip.platform != "tpu" and _started() and len(jax.devices("cpu")) < _product(sizes):
+    count = math.prod(sizes.sizes())
+    if chip.platform != "tpu" and len(_emulated(count)) < count:
         return _in_another_process(run, sizes, cache)
     made = program.make(run, mesh(run.mesh, sizes), chip)
     state = placed(made)
     with made.context():
         lowered = made.step.lower(state, made.abstract_batch())
-    file = cache / f"{_key(lowered.as_text(), run.mesh, sizes)}.json" if cache else None
+    file = cache / f"{_key(lowered.as_text(), run.mesh, sizes, roofline)}.json" if cache else None
     known = _cached(file) if file else None
     if known is not None:
         return dataclasses.replace(known, cached=True, seconds=time.perf_counter() - began)
@@ -149,12 +144,6 @@ def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofli
     if file:
         _store(file, found)
     return found
-
-
-def _started() -> bool:
-    from jax._src import xla_bridge  # no public name says it
-
-    return xla_bridge.backends_are_initialized()
 
 
 def placed(made: Program) -> program.steps.State:
@@ -204,7 +193,7 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
 def _largest_elsewhere(run: Run, sizes: Axes) -> tuple[Buffer, ...]:
     """The largest buffers of a program that a chip has no room for: what a v5p, which has more, would hold."""
     roomy = dataclasses.replace(run.mesh.chip, name="TPU v5p")
-    cluster = dataclasses.replace(run.mesh, chip=roomy, slices=1, topology="", chips=_product(sizes))
+    cluster = dataclasses.replace(run.mesh, chip=roomy, slices=1, topology="", chips=math.prod(sizes.sizes()))
     try:
         made = program.make(run, mesh(cluster, sizes), roomy)
         with made.context():
@@ -234,12 +223,13 @@ def versions(cluster: Cluster) -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
-def _key(traced: str, cluster: Cluster, sizes: Axes) -> str:
+def _key(traced: str, cluster: Cluster, sizes: Axes, roofline: Roofline) -> str:
     """Everything that decides a report: the program traced, the readers of what is compiled, the machine."""
     readers = b"".join(
         Path(module.__file__).read_bytes() for module in (hlo, schedule, buffers, collectives, cost, links)
     )
-    what = json.dumps([FORMAT, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
+    kernels = f"{roofline.__module__}.{roofline.__qualname__}"
+    what = json.dumps([FORMAT, kernels, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
     return hashlib.sha256(b"\0".join((traced.encode(), readers, what))).hexdigest()[:32]
 
 
@@ -274,7 +264,7 @@ def _in_another_process(run: Run, sizes: Axes, cache: Path | None) -> Report:
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     if done.returncode:
-        raise RuntimeError(f"compiling for {_product(sizes)} emulated devices failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"compiling for {math.prod(sizes.sizes())} emulated devices failed: {done.stderr[-2000:]}")
     answer = json.loads(done.stdout.splitlines()[-1])
     if "refused" in answer:
         raise Refused(answer["refused"])

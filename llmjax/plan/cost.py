@@ -9,8 +9,8 @@ from llmjax.plan import hlo
 from llmjax.plan.hlo import Instruction, Module
 
 # Cycles per second are the chip's peak / (2 x side² x units): v4 and v5p have 8 units of 128², v5e 4 of 128²
-# (cloud.google.com/tpu/docs), v6e and each device of a 7x 4 of 256²: so say the cycles of the compiler, whose products of
-# 8192³ take 70 to 93% of that peak on all five. The clocks are then 1.05, 1.75, 1.5, 1.75 and 2.2 GHz.
+# (cloud.google.com/tpu/docs), v6e and each device of a 7x 4 of 256²: so say the compiler's own cycles, whose products
+# of 8192³ take 70 to 93% of that peak on all five. The clocks are then 1.05, 1.75, 1.5, 1.75 and 2.2 GHz.
 FLOP_PER_CYCLE = {"TPU v4": 2 * 8 * 128**2, "TPU v5e": 2 * 4 * 128**2, "TPU v5p": 2 * 8 * 128**2,
                   "TPU v6e": 2 * 4 * 256**2, "TPU 7x": 2 * 4 * 256**2}  # fmt: skip
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
