@@ -122,3 +122,14 @@ def test_a_tpu_slice_is_compiled_for_without_a_tpu(tmp_path):
     named = [buffer for buffer in report.buffers if buffer.what == "parameter"]
     assert named and all(buffer.operation.startswith("state.model.") for buffer in named)
     assert compiled.report(run, program.resolve(run, 4), cache=tmp_path).cached
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_step_that_a_tpu_has_no_room_for_is_a_report_that_names_the_largest_buffers():
+    run = dataclasses.replace(tiny(V5E_4), batch=4 * 2**13)
+    report = compiled.report(run, program.resolve(run, 4))
+    assert report.refusal.startswith("the compiler needs ") and not report.fits
+    assert report.memory.total > report.memory.capacity > 15 * 2**30
+    assert report.time is None and report.rows == ()
+    assert report.buffers[0].bytes > 2**30 and "block" in report.buffers[0].operation

@@ -129,3 +129,18 @@ def test_what_is_not_understood_is_listed_and_a_roofline_makes_a_kernel_understo
 ])  # fmt: skip
 def test_an_operation_belongs_to_the_part_of_the_model_that_traced_it(operation, part):
     assert cost.part_of(operation) == part
+
+
+def test_sums_where_parts_would_do_are_worth_a_look():
+    def row(kind, axes, module, size):
+        return schedule.Row(kind, axes, module, "inside", 4, 4 * size, 1.0, 1.0, ())
+
+    few = [
+        row("all-reduce", ("data",), "mlp", 10**8),
+        row("all-gather", ("fsdp",), "mlp", 10**8),
+        row("all-reduce", ("fsdp",), "optimizer", 10**8),
+        row("all-reduce", ("fsdp",), "block", 10**4),
+    ]
+    assert list(schedule.warnings(few)) == []
+    [said] = schedule.warnings([*few, row("all-reduce", ("fsdp",), "mlp", 10**8)])
+    assert said.startswith("4 all-reduces of 100.0 MB over fsdp in mlp")
