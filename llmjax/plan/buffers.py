@@ -123,7 +123,7 @@ def _peak(module: Module, computation: str, done: dict[str, tuple[int, Live]]) -
                 last.setdefault(x.name, i)
                 if x.opcode == "parameter":
                     last[x.name] = len(instructions)  # nobody else may have an argument's memory
-                live[x.name] = size, shape_of(x), hlo.origin(module, computation, x) or x.name, module.place(x)
+                live[x.name] = size, shape_of(x), *_made(module, computation, x)
                 now += size
         inner, more = 0, {}
         for name in _runs(x):
@@ -134,6 +134,23 @@ def _peak(module: Module, computation: str, done: dict[str, tuple[int, Live]]) -
             now -= live.pop(owner)[0]
     done[computation] = best
     return best
+
+
+def _made(module: Module, computation: str, x: Instruction) -> tuple[str, str]:
+    """(traced operation, file:line) of what a buffer holds: of a loop's results, what its body writes into them."""
+    beside = module.computations[computation]
+    for whole in (y for y in beside.values() if y.opcode == "tuple" and x.name in y.operands):
+        for loop in (y for y in beside.values() if y.opcode == "while" and y.operands[0] == whole.name):
+            body = loop.attribute("body")
+            inside, root = module.computations[body], module.root(body)
+            written = inside.get(root.operands[whole.operands.index(x.name)]) if root.opcode == "tuple" else None
+            if written is not None and written.opcode != "get-tuple-element" and x.opcode != "parameter":
+                new = [inside[name] for name in written.operands if name in inside]
+                new = [y for y in new if y.arrays() != written.arrays() and padded(y.type)] or [written]
+                largest = max(new, key=lambda y: padded(y.type))
+                found = largest if largest.operation() else written
+                return hlo.origin(module, body, found) or found.name, module.place(found)
+    return hlo.origin(module, computation, x) or x.name, module.place(x)
 
 
 def _shared(x: Instruction, beside: Mapping[str, Instruction]) -> tuple[str, ...]:
