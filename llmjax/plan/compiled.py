@@ -109,8 +109,9 @@ def mesh(cluster: Cluster, sizes: Axes) -> Mesh:
 
 
 def _emulated(count: int) -> list[jax.Device]:
-    with contextlib.suppress(RuntimeError):  # JAX has started: what there is may be enough
-        jax.config.update("jax_num_cpu_devices", count)
+    if jax.config.jax_num_cpu_devices < count:
+        with contextlib.suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", count)
     return jax.devices("cpu")[:count]
 
 

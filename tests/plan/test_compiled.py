@@ -99,6 +99,7 @@ def test_another_run_is_another_report(on_gpus, tmp_path):
 
 
 def test_more_devices_than_there_are_take_another_process():
+    assert len(jax.devices()) == 8
     run = dataclasses.replace(tiny(dataclasses.replace(H100X4, chips=16)), batch=16)
     report = compiled.report(run, program.resolve(run, 16))
     assert report.axes.fsdp == 16 and {row.network for row in report.rows} == {"outside"}
