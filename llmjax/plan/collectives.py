@@ -25,6 +25,13 @@ KINDS = (
 )
 SCALAR = 8  # bytes; arrays up to this size are sums of losses, weights and norms, told apart from payload
 
+_BETWEEN_SLICES = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+}
+
 Groups = tuple[tuple[int, ...], ...]
 Key = tuple[str, tuple[str, ...]]
 
@@ -77,7 +84,7 @@ class Collective:
 
 
 def collectives(
-    program: jax.stages.Compiled | str, mesh: Mesh | AbstractMesh, turns: int | None = None
+    program: jax.stages.Compiled | str, mesh: Mesh | AbstractMesh, turns: int | None = None, slices: int = 1
 ) -> list[Collective]:
     """Every collective of a compiled program, or of its HLO text, that sends anything.
 
@@ -87,22 +94,63 @@ def collectives(
     Raises:
       ValueError: such a loop holds a collective and `turns` is not given, or a line is not understood.
     """
-    module = hlo.parse(program if isinstance(program, str) else program.as_text())
-    found = []
+    return of_module(hlo.parse(program if isinstance(program, str) else program.as_text()), mesh, turns, slices)
+
+
+def of_module(
+    module: hlo.Module, mesh: Mesh | AbstractMesh, turns: int | None = None, slices: int = 1
+) -> list[Collective]:
+    """`collectives` of a program that has been read."""
+    found, seen = [], set()
     for ran in hlo.walk(module, turns):
         x = ran.instruction
-        if (kind := _kind(x)) is None:
+        if kind_of(x) is None or (part := _part(ran)) in seen:
+            continue
+        seen.add(part)
+        one = read(module, ran.computation, x, mesh, slices)
+        if one is None:
             continue
         if ran.count is None:
             raise ValueError(f"how often {x.name} runs depends on data, in {module.source(ran.loop)}: give `turns`.")
-        groups, raw = _groups(x, mesh.size)
-        ways = max(map(len, groups), default=mesh.size)
-        if groups and not _moves(kind, groups):
-            continue
-        arrays = _payload(kind, x, module.computations[ran.computation], ways)
-        axes = _axes(groups, mesh, kind == "collective-permute")
-        found.append(Collective(kind, axes, ways, arrays, ran.count, module.source(x), raw, ran.computation))
+        found.append(dataclasses.replace(one, count=ran.count))
     return found
+
+
+def _part(ran: hlo.Ran) -> tuple[str, ...]:
+    """What a collective is a part of. A TPU repeats an asynchronous one in every fusion that it runs beside."""
+    attributes = ran.instruction.attributes
+    chain = re.search(r'chain_id="(\d+)"', attributes)
+    channel = re.search(r"channel_id=(\d+)", attributes)
+    if chain and channel:
+        return ran.schedule, chain[1], channel[1]
+    return ran.computation, ran.instruction.name
+
+
+def read(
+    module: hlo.Module, computation: str, x: Instruction, mesh: Mesh | AbstractMesh, slices: int = 1
+) -> Collective | None:
+    """The collective that an instruction is, run once; None where nothing leaves a device.
+
+    An all-reduce of which only a part is kept, in a fusion of its own, is how a TPU writes a reduce-scatter. With
+    several slices the program is that of one, and the first mesh axis is cut over them.
+    """
+    if rendezvous(x):
+        across = next(iter(mesh.shape))
+        arrays = hlo.arrays_of(x.type)[:1]
+        return Collective(kind_of(x), (across,), slices, arrays, 1, module.source(x), "between slices", computation)
+    if slices > 1:
+        first, *rest = mesh.shape.values()
+        mesh = AbstractMesh((first // slices, *rest), tuple(mesh.shape))
+    kind, (groups, raw) = kind_of(x), _groups(x, mesh.size)
+    ways = max(map(len, groups), default=mesh.size)
+    if groups and not _moves(kind, groups):
+        return None
+    arrays = _payload(kind, x, module.computations[computation], ways)
+    axes = _axes(groups, mesh, kind == "collective-permute")
+    root = module.root(computation) if computation in module.roots else None
+    if kind == "all-reduce" and root and root.opcode == "dynamic-slice" and root.operands[0] == x.name:
+        kind = "reduce-scatter"
+    return Collective(kind, axes, ways, arrays, 1, module.source(x), raw, computation)
 
 
 def table(found: Iterable[Collective], above: int = 0) -> dict[Key, int]:
@@ -149,10 +197,22 @@ def _sent(found: Iterable[Collective], key: Key) -> float:
     return sum(x.count * x.sent for x in found if (x.kind, x.axes) == key)
 
 
-def _kind(x: Instruction) -> str | None:
+def kind_of(x: Instruction) -> str | None:
+    """One of KINDS, or None for anything else, the ends of asynchronous ones among them.
+
+    Between TPU slices it is the host that communicates, and says as what.
+    """
+    if "is_host_transfer=true" in x.attributes:
+        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.attributes)
+        return _BETWEEN_SLICES.get(between[1], "send") if between and x.opcode == "send" else None
     kind = x.opcode.removesuffix("-start")
-    to_the_host = "is_host_transfer=true" in x.attributes
-    return kind if kind in KINDS and not to_the_host else None
+    return kind if kind in KINDS else None
+
+
+def rendezvous(x: Instruction) -> str | None:
+    """What the two ends of a transfer between slices have in common."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', x.attributes)
+    return found and found[1]
 
 
 def _payload(kind: str, x: Instruction, beside: dict[str, Instruction], ways: int) -> tuple[Array, ...]:

@@ -1,0 +1,266 @@
+"""Seconds of a step from a TPU program in the order in which it runs: what fusions cost and what travels meanwhile."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+from jax.sharding import AbstractMesh, Mesh
+
+from llmjax.mesh import Axes, Cluster
+from llmjax.plan import collectives, hlo, links
+from llmjax.plan.cost import Roofline, calls, clock, cost, part_of
+from llmjax.plan.hlo import Instruction, Module, Numbers
+
+HOLDERS = {"fusion", "call", "async-start", "call-start"}  # a call-start runs on a TPU's sparse core, beside the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one kind of collective over some mesh axes costs one part of the model in a step."""
+
+    kind: str
+    "As in `collectives.KINDS`."
+    axes: tuple[str, ...]
+    "Mesh axes; () where the groups of devices are no product of axes."
+    module: str
+    "attention, mlp, block, embedding, head, optimizer, or other."
+    network: str
+    "inside a slice or node, or outside: between them."
+    count: int
+    "Runs in a step."
+    bytes: int
+    "Payload V in a step, as `collectives.Collective` counts it."
+    seconds: float
+    "Of all of them, by `links.seconds`."
+    exposed: float
+    "Seconds that nothing hides in the compiler's schedule."
+    sources: tuple[str, ...]
+    "Traced operations they come from, the first few."
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Where the seconds of a step go, by the compiler's own cycles and the links' times."""
+
+    matmul: float
+    attention: float
+    memory: float
+    "Fusions without a product, and what has no cycles by its bytes."
+    other: float
+    "Custom calls, by the roofline given."
+    exposed: dict[str, float]
+    "Communication that nothing hides, by mesh axes joined with x."
+
+    @property
+    def step(self) -> float:
+        return self.matmul + self.attention + self.memory + self.other + sum(self.exposed.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A program's time, and what of it was not understood."""
+
+    time: Time
+    rows: tuple[Row, ...]
+    unknown: dict[str, int]
+    "Operations whose cost is not known, with the times they run in a step."
+
+
+@dataclasses.dataclass
+class _Sums:
+    """What a reading has found so far, in a whole step."""
+
+    seconds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    exposed: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    rows: dict = dataclasses.field(default_factory=dict)
+    unknown: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    module: Module
+    mesh: Mesh | AbstractMesh
+    cluster: Cluster
+    sizes: Axes
+    roofline: Roofline
+    sums: _Sums
+
+
+@dataclasses.dataclass
+class _Clock:
+    """The time within one run of a computation, and what is on its way."""
+
+    now: float = 0.0
+    pending: dict = dataclasses.field(default_factory=dict)  # key of a start: (end, row key, seconds)
+    free: dict = dataclasses.field(
+        default_factory=dict
+    )  # axes: when their links are free again, and the row that has them
+
+
+def read(
+    module: Module,
+    mesh: Mesh | AbstractMesh,
+    cluster: Cluster,
+    sizes: Axes,
+    roofline: Roofline = lambda call: None,
+) -> Schedule:
+    """The schedule of a compiled step. `roofline` gives the seconds of a custom call, or None if it knows none.
+
+    Loops are multiplied; of a condition the slower branch counts as time, and all branches as communication. On a chip
+    whose clock is not known only the collectives are of use, and all of them count as exposed.
+    """
+    reader = _Reader(module, mesh, cluster, sizes, roofline, _Sums())
+    _run(reader, module.entry, {}, 1)
+    sums = reader.sums
+    _within(sums)
+    exposed: dict[str, float] = collections.defaultdict(float)
+    rows = []
+    for (kind, axes, part), (count, size, seconds, sources, network) in sums.rows.items():
+        waited = sums.exposed[kind, axes, part]
+        exposed[" x ".join(axes) or "?"] += waited
+        rows.append(Row(kind, axes, part, network, count, size, seconds, waited, tuple(sources[:4])))
+    time = Time(*(float(sums.seconds[of]) for of in ("matmul", "attention", "memory", "other")), dict(exposed))
+    return Schedule(time, tuple(sorted(rows, key=lambda row: -row.seconds)), dict(sums.unknown))
+
+
+def _within(sums: _Sums) -> None:
+    """Waiting for links is charged to the last of those in their queue: moves to the others what exceeds its time."""
+    for key, row in sums.rows.items():
+        over = sums.exposed[key] - row[2]
+        for other, another in sums.rows.items():
+            if over > 0 and other[1] == key[1] and (room := another[2] - sums.exposed[other]) > 0:
+                moved = min(over, room)
+                sums.exposed[other] += moved
+                sums.exposed[key] -= moved
+                over -= moved
+
+
+def _run(reader: _Reader, computation: str, known: Numbers, count: int) -> float:
+    """Seconds of one run of a computation that runs `count` times in a step."""
+    at = _Clock()
+    for x in reader.module.computations[computation].values():
+        _instruction(reader, computation, x, known, count, at)
+    return at.now
+
+
+def _instruction(reader: _Reader, computation: str, x: Instruction, known: Numbers, count: int, at: _Clock) -> None:
+    if x.opcode == "while":
+        body, often = x.attribute("body"), hlo.turns(reader.module, computation, x, known)
+        if often is None:
+            reader.sums.unknown[f"while whose turns depend on data, {x.operation() or x.name}"] += count
+            often = 1
+        inside = hlo.unchanged(reader.module, body, hlo.start(reader.module, computation, x, known))
+        at.now += often * _run(reader, body, inside, count * often)
+    elif x.opcode == "conditional":
+        at.now += max(_run(reader, name, {}, count) for name in x.called())
+    elif x.opcode == "call-done" and x.operands[0] not in at.pending:
+        pass
+    elif x.opcode in ("call", "async-start") and not _travels(reader.module, computation, x):
+        at.now += sum(_run(reader, name, {}, count) for name in x.called())
+    elif (key := _ends(reader.module, computation, x)) is not None and key in at.pending:
+        end, row, seconds = at.pending.pop(key)
+        waited = min(max(0.0, end - at.now), seconds)
+        at.now += waited
+        reader.sums.exposed[row] += count * waited
+    elif found := _travels(reader.module, computation, x):
+        _send(reader, computation, x, *found, count, at)
+    else:
+        found = cost(reader.module, computation, x, reader.cluster.chip, reader.roofline)
+        reader.sums.seconds[found.part] += count * found.seconds
+        reader.sums.unknown.update({found.unknown: count} if found.unknown else {})
+        at.now += found.seconds
+
+
+def _send(
+    reader: _Reader, computation: str, x: Instruction, where: str, collective: Instruction, count: int, at: _Clock
+) -> None:
+    """Counts a collective, which is waited for at once, or until its end if this is only its start."""
+    found = collectives.read(reader.module, where, collective, reader.mesh, reader.cluster.slices)
+    if found is None:
+        return
+    span = _span(reader, found.axes, collectives.rendezvous(collective) is not None)
+    seconds = links.seconds(found.kind, found.bytes, span, reader.cluster)
+    part = part_of(hlo.origin(reader.module, where, collective) or hlo.origin(reader.module, computation, x))
+    row = found.kind, found.axes, part
+    runs, size, total, sources, network = reader.sums.rows.get(row, (0, 0, 0.0, [], ""))
+    network = "outside" if span.outside > 1 else network or "inside"
+    source = found.source if "/" in found.source else reader.module.source(x)
+    if source not in sources:
+        sources = [*sources, source]
+    reader.sums.rows[row] = runs + count, size + count * found.bytes, total + count * seconds, sources, network
+    beginning, before = max((at.now, row), at.free.get(found.axes, (0.0, row)), key=lambda one: one[0])
+    at.free[found.axes] = beginning + seconds, row
+    if _starts(reader.module, x):
+        at.pending[_key(x, collective)] = beginning + seconds, row, seconds
+    else:
+        reader.sums.exposed[before] += count * (beginning - at.now)
+        reader.sums.exposed[row] += count * seconds
+        at.now = beginning + seconds
+    cycles = x.cycles() if not _starts(reader.module, x) else None
+    if cycles and (rate := clock(reader.cluster.chip)):  # a product in one fusion with the collective
+        reader.sums.seconds["matmul"] += count * cycles / rate
+        at.now += cycles / rate
+
+
+def _span(reader: _Reader, axes: tuple[str, ...], between: bool) -> links.Span:
+    """Where a group lies; everything that the hosts do not carry stays within a slice."""
+    cluster, sizes = reader.cluster, reader.sizes
+    if between:
+        return links.Span(1, cluster.slices)
+    if cluster.slices > 1:
+        sizes = dataclasses.replace(sizes, data=sizes.data // cluster.slices)
+        cluster = dataclasses.replace(cluster, slices=1, chips=math.prod(sizes.sizes()))
+    return links.span(cluster, sizes, axes or tuple(name for name, size in vars(sizes).items() if size > 1))
+
+
+def _key(x: Instruction, collective: Instruction) -> str:
+    """What a start and its end have in common: the channel within a computation, or else the start's name."""
+    if between := collectives.rendezvous(collective):
+        return between
+    chain = re.search(r'chain_id="(\d+)"', collective.attributes)
+    channel = re.search(r"channel_id=(\d+)", collective.attributes)
+    return f"chain {chain[1]} {channel[1]}" if chain and channel else x.name
+
+
+def _starts(module: Module, x: Instruction) -> bool:
+    return x.opcode.endswith("-start") or x.opcode == "send" or calls(module, x, "AsyncCollectiveStart")
+
+
+def _ends(module: Module, computation: str, x: Instruction) -> str | None:
+    """The key of the start that an instruction waits for."""
+    if x.opcode == "recv-done":
+        beside = module.computations[computation]
+        return collectives.rendezvous(beside[x.operands[0]]) if x.operands[0] in beside else None
+    if x.opcode.endswith("-done"):
+        return x.operands[0] if x.operands else None
+    if calls(module, x, "AsyncCollectiveDone"):
+        inside = (y for name in x.called() for y in module.computations[name].values())
+        return next((_key(x, y) for y in inside if collectives.kind_of(y)), None)
+    return None
+
+
+def _travels(module: Module, computation: str, x: Instruction) -> tuple[str, Instruction] | None:
+    """(computation, collective) that an instruction is or holds; None for a fusion that only runs beside one."""
+    if collectives.kind_of(x):
+        return computation, x
+    if x.opcode not in HOLDERS:
+        return None
+    for name in x.called():
+        for y in module.computations[name].values():
+            beside = 'chain_id="' in y.attributes and not _starts(module, x)
+            if not beside and (found := _travels(module, name, y)):
+                return found
+    return None
+
+
+def warnings(rows: Sequence[Row]) -> Iterator[str]:
+    """What in a program's communication is worth a look, a sentence each."""
+    for row in rows:
+        each = row.bytes / max(row.count, 1)
+        if row.kind == "all-reduce" and "fsdp" in row.axes and row.module != "optimizer" and each > 1e6:
+            yield (
+                f"{row.count} all-reduces of {each / 1e6:.1f} MB over {' x '.join(row.axes)} in {row.module}, where "
+                f"gathers or scatters would send half as much."
+            )
