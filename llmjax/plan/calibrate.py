@@ -5,6 +5,7 @@ costs twice, and so do the ticks in which a pipeline's stage has nothing to do b
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -61,7 +62,7 @@ class Machine:
 
 
 def predict(work: Work, machine: Machine, sizes: Axes, run: Run) -> Time:
-    """The time of a step on emulated devices. `work` counts attention as fused: the triangle, and no scores in memory."""
+    """The time of a step on emulated devices. `work` is of fused attention: the triangle, and no scores in memory."""
     devices, operands = machine.devices, "bfloat16" if run.dtype == "bfloat16" else "float32"
     ticks = 1 + work.bubble
     products = sum(flops * (ticks if module in LAYER else 1) for module, flops in work.products.items())
@@ -95,8 +96,9 @@ def file(folder: Path, devices: int) -> Path:
     return folder / ".cache" / f"machine_{'_'.join(words)}.json"
 
 
+@functools.cache
 def stored(folder: Path, devices: int) -> Machine:
-    """The stored measurement.
+    """The stored measurement, read once.
 
     Raises:
       Refused: there is none, or it is not whole.

@@ -72,13 +72,17 @@ def estimate(run: Run, sizes: Axes | None = None, method: Method = Method()) -> 
     sizes = sizes or resolve(run, run.mesh.chips)
     accumulate = run.accumulate or microbatches(run, sizes, run.mesh.chip)
     check(run, sizes, accumulate)
+    done, time = timed(run, sizes, accumulate, method)
+    return Estimate(run, sizes, accumulate, done, time, memory.predict(run, sizes, accumulate))
+
+
+def timed(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> tuple[Work, Time]:
+    """(work of one device, time of a step) of a run that is known to be legal."""
     if run.mesh.chip.flops is None:
         done = work.count(run, sizes, accumulate, dataclasses.replace(method, fused=True))
-        time = calibrate.predict(done, calibrate.stored(Path(run.runs), run.mesh.chips), sizes, run)
-    else:
-        done = work.count(run, sizes, accumulate, method)
-        time = analytic.predict(done, run.mesh, sizes)
-    return Estimate(run, sizes, accumulate, done, time, memory.predict(run, sizes, accumulate))
+        return done, calibrate.predict(done, calibrate.stored(Path(run.runs), run.mesh.chips), sizes, run)
+    done = work.count(run, sizes, accumulate, method)
+    return done, analytic.predict(done, run.mesh, sizes)
 
 
 def plannable(run: Run) -> None:

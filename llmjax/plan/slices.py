@@ -1,0 +1,102 @@
+"""Clusters that no mesh file describes: so many chips of a kind, in a topology that can be rented."""
+
+import functools
+import importlib
+import itertools
+import math
+from pathlib import Path
+
+from llmjax.errors import IO, Refused, did_you_mean
+from llmjax.mesh import Chip, Cluster
+
+CORES = {"TPU 7x": 2}  # JAX devices of a chip where it is more than one
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # v5e, v6e: cloud.google.com/tpu/docs/v6e
+# Of the 3-D pods, cloud.google.com/tpu/docs: up to 64 chips these, beyond that multiples of 4 up to the pod's sides.
+SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
+PODS = {"TPU v4": (12, 16, 16), "TPU v5p": (16, 16, 24), "TPU 7x": (16, 16, 36)}
+NODES = 8192  # GPUs up to which a cluster is taken to exist
+
+
+def chips() -> dict[str, Chip]:
+    """The chips that are known, by their names on the command line: v5p, h100, ..."""
+    known = importlib.import_module("meshes.chips").KNOWN
+    return {chip.name.lower().removeprefix("tpu ").replace("7x", "tpu7x"): chip for chip in known if chip.flops}
+
+
+def cluster(kind: str, count: int, slices: int = 0) -> Cluster:
+    """So many chips of a kind: in the fewest slices that can be rented, each as cubic as it can be.
+
+    Raises:
+      Refused: there is no such chip, or no topology has so many; the near numbers are named.
+    """
+    known, name = chips(), kind.lower()
+    if name not in known:
+        near = did_you_mean(name, known)
+        raise Refused(f"there is no chip named '{kind}': {near}give one of {', '.join(known)}.")
+    chip = known[name]
+    devices = count * CORES.get(chip.name, 1)
+    if chip.platform != "tpu":
+        if count < 1 or count > NODES or (count % chip.domain if count > chip.domain else chip.domain % count):
+            near = _near(count, _nodes(chip.domain))
+            raise Refused(f"chips is {count}, but {chip.name}s come in nodes of {chip.domain}: give {near}.")
+        return Cluster(f"{name}x{count}", chip, chips=devices, tensor=min(count, chip.domain))
+    whole = topologies(chip.name)
+    most = max(whole)
+    ways = [slices] if slices else range(1, max(1, -(-count // most)) + 4)
+    for parts in ways:
+        if count % parts == 0 and count // parts in whole:
+            title = f"{name}_{count // parts}" + (f"_x{parts}" if parts > 1 else "")
+            return Cluster(title, chip, chips=devices, slices=parts, topology=whole[count // parts], tensor=4)
+    of = f" in {slices} slices" if slices else ""
+    legal = [n * max(1, slices) for n in whole]
+    raise Refused(f"chips is {count}, which no {chip.name} topology has{of}: give {_near(count, legal)}.")
+
+
+@functools.cache
+def topologies(name: str) -> dict[int, str]:
+    """The topologies of one slice by its chips; of several with as many, the most cubic."""
+    if name not in PODS:
+        return {math.prod(map(int, shape.split("x"))): shape for shape in FLAT}
+    sides = [range(4, side + 1, 4) for side in PODS[name]]
+    large = [sorted(shape) for shape in itertools.product(*sides)]
+    found = {math.prod(shape): shape for shape in sorted(large, key=lambda shape: -max(shape))}
+    small = {math.prod(map(int, shape.split("x"))): shape for shape in SMALL}
+    return dict(sorted((small | {n: "x".join(map(str, shape)) for n, shape in found.items() if n > 64}).items()))
+
+
+def write(path: Path, cluster: Cluster) -> None:
+    """Writes a mesh file as those in `meshes/` are.
+
+    Raises:
+      Refused: it is no .py file, or cannot be written.
+    """
+    names = {chip.name: name for name, chip in vars(importlib.import_module("meshes.chips")).items()
+             if isinstance(chip, Chip)}  # fmt: skip
+    if path.suffix != ".py":
+        raise Refused(f"write is {path}: name a Python file, such as meshes/{cluster.name}.py.")
+    if path.exists():
+        raise Refused(f"write is {path}, which exists: name another file, or delete it.")
+    each = cluster.chips // cluster.slices // CORES.get(cluster.chip.name, 1)
+    shape = f", {cluster.topology}" if cluster.topology else ""
+    title = f"{cluster.slices} slices of {each} {cluster.chip.name} chips{shape}" if cluster.slices > 1 else (
+        f"{each} {cluster.chip.name} chips{shape}")  # fmt: skip
+    chip = names[cluster.chip.name]
+    fields = [f"{cluster.name!r}".replace("'", '"'), chip, f"chips={cluster.chips}"]
+    fields += [f"slices={cluster.slices}"] if cluster.slices > 1 else []
+    fields += [f'topology="{cluster.topology}"'] if cluster.topology else []
+    fields += [f"tensor={cluster.tensor}"] if cluster.tensor > 1 else []
+    fields += ["emulated=True"] if cluster.emulated else []
+    text = f'"""{title}; written by llmjax plan."""\n\nfrom llmjax.mesh import Cluster\nfrom meshes.chips import {chip}\n\n'
+    try:
+        path.write_text(f"{text}cluster = Cluster({', '.join(fields)})\n", encoding="utf-8")
+    except OSError as error:
+        raise Refused(f"{path} cannot be written ({error.strerror}): name another file.", IO) from error
+
+
+def _nodes(domain: int) -> list[int]:
+    return [n for n in range(1, domain) if domain % n == 0] + list(range(domain, NODES + 1, domain))
+
+
+def _near(count: int, legal) -> str:
+    below, above = [n for n in legal if n < count], [n for n in legal if n > count]
+    return " or ".join(map(str, (*below[-1:], *above[:1])))
