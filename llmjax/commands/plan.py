@@ -2,25 +2,51 @@
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 
 from llmjax import mesh as meshes
 from llmjax import processes as system
-from llmjax.errors import DONE, IO, Refused
-from llmjax.mesh import AXES, Axes
-from llmjax.plan import calibrate
-from llmjax.plan.estimate import Estimate, Row, communication, estimate, plannable, type_check
+from llmjax.commands import bench, plan_meshes, plan_tables
+from llmjax.errors import DONE, IO, UNEQUAL, Refused
+from llmjax.plan import calibrate, compiled, contract, slices
+from llmjax.plan.estimate import Estimate, estimate, plannable, type_check
 from llmjax.processes import Processes
-from llmjax.run import Run, to_json
-from llmjax.train.display import Display, duration, memory
+from llmjax.run import Run
+from llmjax.train.display import Display
+from llmjax.train.program import make
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is planned besides the run itself."""
+    """What is planned, besides the run itself."""
 
     analytic: bool = False
     "Leave the compiler out: an answer in seconds."
+    chip: str = ""
+    "With --chips, a cluster that no mesh file describes: v4, v5e, v5p, v6e, tpu7x, a100, h100, h200 or b200."
+    chips: int = 0
+    "How many of them."
+    search: bool = False
+    "Look for the best mesh, layout, remat and accumulation of the cluster's chips."
+    compile: int = 5
+    "Meshes of a search that are compiled, the best ones."
+    shown: int = 10
+    "Meshes of a search that are shown."
+    write: str = ""
+    "File for the cluster as a mesh, such as meshes/mine.py."
+    scale: tuple[int, ...] = ()
+    "Numbers of chips for a weak-scaling table: the batch grows with the chips."
+    write_contract: str = ""
+    "File for what the step may send and hold."
+    check: str = ""
+    "File that --write-contract made: exit with 1 if the step sends or holds more."
+    tolerance: float = 0.05
+    "By how much of itself each of a contract's sizes may grow."
+    published: str = ""
+    "Table of published runs to predict."
+    measure: bool = False
+    "Train a few steps on this machine, to see prediction beside measurement."
     price_per_chip_hour: float = 0
     "What a chip costs for an hour, to tell what training costs."
     json: str = ""
@@ -35,125 +61,114 @@ def plan(run: Run, processes: Processes, options: Options) -> int:
     """
     check(options)
     display = Display()
-    run = on_known_chips(run, processes, display)
-    found = estimate(run)
-    type_check(found)
-    header(display, found)
-    fit(display, found)
-    sent(display, communication(found))
-    times(display, found, options)
-    display.say(following(found))
-    if options.json:
-        Path(options.json).write_text(json.dumps(facts(found), indent=1) + "\n", encoding="utf-8")
-    return DONE
+    run = on_known_chips(run, processes, options, display)
+    if options.scale:
+        return finish(plan_meshes.scale(run, options.scale, display), options)
+    if options.search:
+        timed = measurer(run, processes) if options.measure else None
+        found = plan_meshes.best_mesh(run, options, display, timed)
+        if options.write:
+            slices.write(Path(options.write), found.cluster)
+            display.say(f"Wrote {options.write}.")
+        return finish(found.facts, options)
+    if options.write:
+        slices.write(Path(options.write), run.mesh)
+    if options.write_contract or options.check:
+        return agree(run, processes, options, display)
+    return one(run, processes, options, display)
 
 
 def check(options: Options) -> None:
     """Refuses, before anything is done, what would fail after it."""
-    folder = Path(options.json).absolute().parent
-    if not folder.is_dir():
-        raise Refused(f"json is {options.json}, and {folder} is no folder: make it, or choose another file.", IO)
-    if options.price_per_chip_hour < 0:
-        raise Refused(f"price_per_chip_hour is {options.price_per_chip_hour}: give a positive price, or 0 for none.")
+    for name in ("json", "write", "write_contract"):
+        folder = Path(getattr(options, name)).absolute().parent
+        if not folder.is_dir():
+            field = getattr(options, name)
+            raise Refused(f"{name} is {field}, and {folder} is no folder: make it, or choose another file.", IO)
+    for name, least in dict(price_per_chip_hour=0, tolerance=0, compile=0, shown=1).items():
+        if not getattr(options, name) >= least:
+            raise Refused(f"{name} is {getattr(options, name)}: give at least {least}.")
+    if bool(options.chip) != bool(options.chips):
+        raise Refused(f"chip is '{options.chip}' and chips {options.chips}: give both, as in --chips 64 --chip v5p.")
 
 
-def on_known_chips(run: Run, processes: Processes, display: Display) -> Run:
+def on_known_chips(run: Run, processes: Processes, options: Options, display: Display) -> Run:
     """The run on a mesh that says its chips: what this machine has where the mesh leaves that open.
 
     Emulated devices are measured the first time.
     """
-    cluster = run.mesh
+    cluster = slices.cluster(options.chip, options.chips) if options.chip else run.mesh
     if cluster.chips is None or cluster.chip is None:
         devices = system.start(cluster, processes)
         cluster = dataclasses.replace(cluster, chips=len(devices), chip=meshes.chip_of(cluster, devices))
     run = dataclasses.replace(run, mesh=cluster)
     plannable(run)
     if cluster.chip.flops is None and not calibrate.file(Path(run.runs), cluster.chips).exists():
-        display.say(f"Measuring what {cluster.chips} emulated devices reach on this machine, about a minute ...")
+        display.say(f"Measuring what {cluster.chips} devices of {cluster.chip.name} reach here, half a minute ...")
         calibrate.store(calibrate.measure(system.start(cluster, processes)), Path(run.runs))
     return run
 
 
-def header(display: Display, found: Estimate) -> None:
-    """What is planned."""
-    run = found.run
-    display.facts(
-        f"llmjax plan {run.name}",
-        {
-            "devices": f"{found.chips} x {run.mesh.chip.name}"
-            + (f", {run.mesh.slices} slices" if run.mesh.slices > 1 else "")
-            + (f" of {run.mesh.topology}" if run.mesh.topology else ""),
-            "mesh": f"{run.mesh.name}: {cut(found.sizes)}; layout {run.layout.name}",
-            "run": f"{run.batch:,} rows of {run.sequence:,} a step, {run.steps:,} steps",
-            "compute": f"accumulation {found.accumulate}, remat {run.remat}",
-        },
-    )
+def one(run: Run, processes: Processes, options: Options, display: Display) -> int:
+    """The plan of one run on one mesh."""
+    found = estimate(run)
+    type_check(found)
+    report, why = compile_for(found, options)
+    measured = measurer(run, processes)(found) if options.measure else None
+    plan_tables.show(display, found, report, measured, options.price_per_chip_hour)
+    if why:
+        display.say(f"\n{why}")
+    return finish(plan_tables.facts(found, report, measured), options)
 
 
-def cut(sizes: Axes) -> str:
-    """The axes that cut something."""
-    return " x ".join(f"{a} {n}" for a, n in zip(AXES, sizes.sizes(), strict=True) if n > 1) or "one device"
+def compile_for(found: Estimate, options: Options) -> tuple[compiled.Report | None, str]:
+    """(the compiler's report, why there is none)."""
+    if options.analytic or found.run.mesh.chip.platform == "cpu":
+        return None, ""
+    try:
+        return compiled.report(found.run, found.sizes, Path(found.run.runs) / ".cache" / "plans"), ""
+    except compiled.NoCompiler as refusal:
+        return None, f"Without the compiler: {refusal}"
 
 
-def fit(display: Display, found: Estimate) -> None:
-    """Bytes of a device by class, against what its chip has."""
-    held, has = found.memory, found.run.mesh.chip.memory
-    rows = {field.name: getattr(held, field.name) for field in dataclasses.fields(held)}
-    verdict = "" if not has else f" of {memory(has)}: it {'fits' if found.fits else 'does NOT fit'}"
-    display.say()
-    display.facts("Fit, per device", {k: memory(v) for k, v in rows.items()} | {"total": memory(held.total) + verdict})
+def measurer(run: Run, processes: Processes):
+    """A function that times the steps of an estimate's run on the devices of this machine.
+
+    Raises:
+      Refused: this machine has no such devices.
+    """
+    devices = system.start(run.mesh, processes)
+
+    def measure(found: Estimate) -> float:
+        run = dataclasses.replace(found.run, accumulate=found.accumulate)
+        program = make(run, meshes.device_mesh(found.sizes, devices, run.mesh.slices), run.mesh.chip)
+        with program.context():
+            _, seconds = bench.time_steps(program, bench.Timing(warmup=2, repeats=8))
+        return statistics.median(seconds)
+
+    return measure
 
 
-def sent(display: Display, rows: list[Row]) -> None:
-    """What a step communicates."""
-    display.say()
-    if not rows:
-        return display.say("Communication: none.")
-    cells = [
-        [f"{r.kind} over {' x '.join(r.axes) or '?'}", r.module, f"{r.count:,.0f}", memory(r.bytes), r.network,
-         f"{1e3 * r.seconds:,.1f}", "hidden" if r.hidden else "waited for"]
-        for r in rows
-    ]  # fmt: skip
-    display.table(["Communication of a step", "for", "runs", "bytes", "network", "ms", ""], cells)
+def agree(run: Run, processes: Processes, options: Options, display: Display) -> int:
+    """Writes the contract of the compiled step, or holds the step against one."""
+    found = estimate(run)
+    if run.mesh.chip.platform == "cpu":
+        made = contract.emulated(run, found.sizes, system.start(run.mesh, processes))
+    else:
+        made = contract.of_report(compiled.report(run, found.sizes, Path(run.runs) / ".cache" / "plans"), run)
+    if options.write_contract:
+        contract.write(Path(options.write_contract), made)
+        display.say(f"Wrote {options.write_contract}: {len(made.terms)} kinds of messages.")
+    departures = contract.check(Path(options.check), made, options.tolerance) if options.check else []
+    for departure in departures:
+        display.say(departure)
+    if options.check and not departures:
+        display.say(f"{run.name} on {run.mesh.name} keeps to {options.check}.")
+    return UNEQUAL if departures else DONE
 
 
-def times(display: Display, found: Estimate, options: Options) -> None:
-    """Where the time of a step goes, how fast that is, and what the whole run takes."""
-    display.say()
-    step = found.time.step
-    rows = [[name, f"{1e3 * s:,.1f}", f"{100 * s / step:.0f}%"] for name, s in parts(found.time).items() if s]
-    display.table(["Time of a step", "ms", ""], [*rows, ["step", f"{1e3 * step:,.1f}", ""]])
-    chip_hours = found.hours * found.chips
-    speed = {"speed": f"{found.tokens_per_s:,.0f} tokens/s, {found.per_chip:,.0f} per chip"}
-    if found.mfu:
-        speed["mfu"] = f"{100 * found.mfu[0]:.1f}% counting causal attention, {100 * found.mfu[1]:.1f}% all of it"
-    speed["run"] = f"{found.run.steps:,} steps in {duration(3600 * found.hours)}, {chip_hours:,.0f} chip-hours" + (
-        f", {chip_hours * options.price_per_chip_hour:,.0f} in money" if options.price_per_chip_hour else ""
-    )
-    display.say()
-    display.facts("Speed", speed)
-
-
-def parts(time) -> dict[str, float]:
-    """The parts of a step by what a person calls them, in seconds."""
-    own = dict(matmul=time.matmul, attention=time.attention, memory=time.memory)
-    waits = {f"waiting over {axes}": seconds for axes, seconds in time.exposed.items()}
-    return own | waits | {"pipeline bubble": time.bubble, "host and stragglers": time.host}
-
-
-def following(found: Estimate) -> str:
-    """What to do next."""
-    name = found.run.name
-    first = f"  llmjax train {name} --mesh {found.run.mesh.name}"
-    return "\nNext:\n" + "\n".join([first] if found.fits else [f"  llmjax plan {name} --search"])
-
-
-def facts(found: Estimate) -> dict:
-    """The plan for machines."""
-    time = dataclasses.asdict(found.time) | {"step": found.time.step}
-    return dict(
-        run=to_json(found.run), axes=dataclasses.asdict(found.sizes), accumulate=found.accumulate, fits=found.fits,
-        memory=dataclasses.asdict(found.memory) | {"total": found.memory.total}, seconds=time, mfu=found.mfu,
-        tokens_per_s=found.tokens_per_s, tokens_per_s_per_chip=found.per_chip, hours=found.hours,
-        communication=[dataclasses.asdict(row) for row in communication(found)],
-    )  # fmt: skip
+def finish(facts: dict, options: Options) -> int:
+    """Writes the result for machines, if wanted."""
+    if options.json:
+        Path(options.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return DONE

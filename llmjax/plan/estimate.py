@@ -8,7 +8,7 @@ from pathlib import Path
 from llmjax import mesh as meshes
 from llmjax.checks import check
 from llmjax.errors import Refused
-from llmjax.mesh import Axes, Cluster
+from llmjax.mesh import Axes, Chip, Cluster
 from llmjax.plan import analytic, calibrate, links, memory, work
 from llmjax.plan.analytic import Time
 from llmjax.plan.memory import Memory
@@ -158,3 +158,14 @@ def network(cluster: Cluster, sizes: Axes, axes: Sequence[str]) -> str:
         return "memory"
     fast, slow = ("ICI", "DCN") if cluster.chip.platform == "tpu" else ("NVLink", "network")
     return slow if across else fast
+
+
+def trusted(chip: Chip, compiled: bool) -> tuple[str, str]:
+    """(which model of time is trusted for this chip: analytic or compiled, why)."""
+    if chip.platform == "cpu":
+        return "analytic", "as it rests on a measurement of this machine"
+    if not compiled:
+        return "analytic", "as nothing was compiled"
+    if chip.platform == "gpu":
+        return "analytic", "as a GPU's compiler tells memory and messages but no time without the GPU"
+    return "compiled", "as the TPU's compiler knows its own schedule"

@@ -5,10 +5,13 @@ the remat and accumulation that make it fit, until no mesh that is left can be f
 """
 
 import collections
+import contextlib
 import dataclasses
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from llmjax import layout as layouts
 from llmjax.checks import check
@@ -107,10 +110,8 @@ def settle(candidate: Run) -> Estimate | None:
             run = dataclasses.replace(candidate, remat=remat, accumulate=accumulate)
             if not fits(memory.predict(run, run.axes, accumulate).total, run):
                 continue
-            try:
+            with contextlib.suppress(Refused):  # fewer rows than a pipeline has stages
                 found.append(estimate(run, run.axes))
-            except Refused:  # fewer rows than a pipeline has stages
-                pass
             break
     return min(found, key=lambda each: each.time.step, default=None)
 
@@ -192,3 +193,27 @@ def too_large(run: Run, cluster: Cluster) -> str:
         f"mesh is {cluster.name}, where {run.name} needs at least {shown(smallest)} of a device's "
         f"{shown(cluster.chip.memory)} on every mesh: give more chips, or ones with more memory."
     )
+
+
+# Each kind of parallelism by itself, and the products that large runs use.
+USUAL = ("dp", "fsdp", "tp", "sp", "cp", "ring", "ep", "pp", "pp_vp", "tp_sp", "fsdp_tp", "fsdp_tp_sp", "tp_ring",
+         "fsdp_pp", "tp_pp")  # fmt: skip
+
+
+def usual(run: Run) -> list[Estimate]:
+    """The usual layouts, with the sizes a run gets where it gives none; what the model cannot be cut by is left out."""
+    found = []
+    for name in USUAL:
+        with contextlib.suppress(Refused):
+            found.append(estimate(dataclasses.replace(run, layout=layouts.preset(name), axes=Axes())))
+    return found
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's, of two rows of numbers; equal numbers share their ranks."""
+
+    def ranks(values):
+        values = np.asarray(values)
+        return (values[:, None] > values).sum(1) + 0.5 * (values[:, None] == values).sum(1)
+
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])

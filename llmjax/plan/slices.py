@@ -1,5 +1,6 @@
 """Clusters that no mesh file describes: so many chips of a kind, in a topology that can be rented."""
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -70,27 +71,30 @@ def write(path: Path, cluster: Cluster) -> None:
     Raises:
       Refused: it is no .py file, or cannot be written.
     """
-    names = {chip.name: name for name, chip in vars(importlib.import_module("meshes.chips")).items()
-             if isinstance(chip, Chip)}  # fmt: skip
     if path.suffix != ".py":
         raise Refused(f"write is {path}: name a Python file, such as meshes/{cluster.name}.py.")
     if path.exists():
         raise Refused(f"write is {path}, which exists: name another file, or delete it.")
+    try:
+        path.write_text(text(dataclasses.replace(cluster, name=path.stem)), encoding="utf-8")
+    except OSError as error:
+        raise Refused(f"write is {path}, which cannot be written ({error.strerror}): name another.", IO) from error
+
+
+def text(cluster: Cluster) -> str:
+    """A cluster as the text of a mesh file."""
+    known = vars(importlib.import_module("meshes.chips")).items()
+    chip = next(name for name, value in known if value == cluster.chip)
     each = cluster.chips // cluster.slices // CORES.get(cluster.chip.name, 1)
-    shape = f", {cluster.topology}" if cluster.topology else ""
-    title = f"{cluster.slices} slices of {each} {cluster.chip.name} chips{shape}" if cluster.slices > 1 else (
-        f"{each} {cluster.chip.name} chips{shape}")  # fmt: skip
-    chip = names[cluster.chip.name]
-    fields = [f"{cluster.name!r}".replace("'", '"'), chip, f"chips={cluster.chips}"]
+    title = f"{cluster.slices} slices of {each}" if cluster.slices > 1 else f"{each}"
+    title += f" {cluster.chip.name} chips" + (f", {cluster.topology}" if cluster.topology else "")
+    fields = [f'"{cluster.name}"', chip, f"chips={cluster.chips}"]
     fields += [f"slices={cluster.slices}"] if cluster.slices > 1 else []
     fields += [f'topology="{cluster.topology}"'] if cluster.topology else []
     fields += [f"tensor={cluster.tensor}"] if cluster.tensor > 1 else []
     fields += ["emulated=True"] if cluster.emulated else []
-    text = f'"""{title}; written by llmjax plan."""\n\nfrom llmjax.mesh import Cluster\nfrom meshes.chips import {chip}\n\n'
-    try:
-        path.write_text(f"{text}cluster = Cluster({', '.join(fields)})\n", encoding="utf-8")
-    except OSError as error:
-        raise Refused(f"{path} cannot be written ({error.strerror}): name another file.", IO) from error
+    head = f"from llmjax.mesh import Cluster\nfrom meshes.chips import {chip}"
+    return f'"""{title}."""\n\n{head}\n\ncluster = Cluster({", ".join(fields)})\n'
 
 
 def _nodes(domain: int) -> list[int]:
