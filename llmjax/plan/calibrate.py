@@ -23,15 +23,20 @@ from jax.sharding import AxisType, Mesh
 
 from llmjax import mesh as meshes
 from llmjax.errors import DATA, Refused
-from llmjax.mesh import Axes
+from llmjax.mesh import Axes, Chip, Cluster
 from llmjax.models.attention import attention
+from llmjax.models.llama import Llama
 from llmjax.models.shapes import LAYER
+from llmjax.optim.sgd import SGD
 from llmjax.plan.analytic import Time
 from llmjax.plan.work import Message, Work, ways
 from llmjax.run import Run
+from llmjax.train.loss import NextToken
+from llmjax.train.program import make
 
 KINDS = ("all-reduce", "all-gather", "collective-permute", "all-to-all")
 SMALL, LARGE = 1 << 12, 1 << 21  # bytes of a device between which the cost of a collective is taken to be a line
+TURNS = 8  # of a collective in one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,83 +129,98 @@ def store(machine: Machine, folder: Path) -> None:
     path.write_text(json.dumps(dataclasses.asdict(machine), indent=1) + "\n", encoding="utf-8")
 
 
-def measure(devices: Sequence[jax.Device]) -> Machine:
-    """Measures this machine with so many emulated devices, in about a minute."""
+def measure(devices: Sequence[jax.Device], repeats: int = 12) -> Machine:
+    """Measures what these emulated devices reach at the same time, in less than a minute. Needs an idle machine."""
     count = len(devices)
-    groups = [n for n in (2, 4, 8, 16, 32) if count % n == 0 and n <= count]
+    groups = [n for n in (2, 4, 8, 16, 32) if count % n == 0]
     return Machine(
         devices=count,
-        products={dtype: products(devices, dtype) for dtype in ("float32", "bfloat16")},
-        attention=scores(devices),
-        memory=traffic(devices),
-        layer=5e-5 * count,
-        collectives={kind: {str(n): line(devices, kind, n) for n in groups} for kind in KINDS},
+        products={dtype: products(devices, dtype, repeats) for dtype in ("float32", "bfloat16")},
+        attention=scores(devices, repeats),
+        memory=traffic(devices, repeats),
+        layer=layer(devices, repeats),
+        collectives={kind: {str(n): line(devices, kind, n, repeats) for n in groups} for kind in KINDS},
     )
 
 
-def products(devices: Sequence[jax.Device], dtype: str, rows: int = 1024, width: int = 512) -> float:
+def products(devices: Sequence[jax.Device], dtype: str, repeats: int) -> float:
     """FLOP/s of all devices that multiply at the same time, each its own rows with a weight."""
-    mesh = Mesh(np.array(devices), ("all",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        x = jnp.ones((len(devices) * rows, width), dtype, out_sharding=P("all"))
+    rows, width = 1024, 512
+    with jax.set_mesh(_mesh(devices)):
+        x = jnp.ones((len(devices) * rows, width), dtype, out_sharding=P("data"))
         w = jnp.ones((width, width), dtype)
         product = jax.jit(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32))
-        return 2 * x.shape[0] * width**2 / best(product, x, w)
+        return 2 * x.shape[0] * width**2 / quick(repeats, product, x, w)
 
 
-def scores(
-    devices: Sequence[jax.Device], rows: int = 2, positions: int = 256, heads: int = 4, width: int = 64
-) -> float:
+def scores(devices: Sequence[jax.Device], repeats: int) -> float:
     """FLOP/s of attention on all devices, forward and back, as `llmjax.plan.work` counts fused attention."""
-    with jax.set_mesh(meshes.device_mesh(Axes(len(devices), 1, 1, 1, 1, 1), list(devices))):
+    rows, positions, heads, width = 2, 256, 4, 64
+    with jax.set_mesh(_mesh(devices)):
         q, k, v = (jnp.ones((len(devices) * rows, positions, heads, width), out_sharding=P("data")) for _ in "qkv")
         both = jax.jit(jax.grad(lambda *qkv: attention(*qkv).sum(), (0, 1, 2)))
-        return 2 * q.shape[0] * positions**2 * heads * width * 3.5 / best(both, q, k, v)
+        return 2 * q.shape[0] * positions**2 * heads * width * 3.5 / quick(repeats, both, q, k, v)
 
 
-def traffic(devices: Sequence[jax.Device], numbers: int = 1 << 19) -> float:
+def traffic(devices: Sequence[jax.Device], repeats: int) -> float:
     """Bytes per second that all devices read and write."""
-    mesh = Mesh(np.array(devices), ("all",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        x = jnp.ones((len(devices), numbers), out_sharding=P("all"))
-        return 2 * x.nbytes / best(jax.jit(lambda x: jax.nn.silu(x) * 2), x)
+    with jax.set_mesh(_mesh(devices)):
+        x = jnp.ones((len(devices), 1 << 19), out_sharding=P("data"))
+        return 2 * x.nbytes / quick(repeats, jax.jit(lambda x: jax.nn.silu(x) * 2), x)
 
 
-def line(devices: Sequence[jax.Device], kind: str, group: int) -> Line:
+def layer(devices: Sequence[jax.Device], repeats: int) -> float:
+    """Seconds that all devices need to pass a layer in which there is next to nothing to do."""
+    times = [_tiny_step(devices, layers, repeats) for layers in (2, 10)]
+    return max(0.0, times[1] - times[0]) / (3 * 8)
+
+
+def _tiny_step(devices: Sequence[jax.Device], layers: int, repeats: int) -> float:
+    model = Llama(vocab=16, layers=layers, width=8, heads=1, kv_heads=1, head_dim=8, ff=8, positions=8)
+    cpu = Cluster("cpu", Chip("cpu", "cpu"), chips=len(devices))
+    run = Run(model, None, SGD(), NextToken(), cpu, batch=len(devices), sequence=8, accumulate=1)
+    program = make(run, _mesh(devices), cpu.chip)
+    with program.context():
+        batch = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype, device=x.sharding), program.abstract_batch())
+        loss = jax.jit(jax.grad(lambda model: run.loss(model, jax.tree.map(lambda x: x[0], batch))[0]))
+        return quick(repeats, loss, program.init(jax.random.key(0)).model)
+
+
+def line(devices: Sequence[jax.Device], kind: str, group: int, repeats: int) -> Line:
     """The cost of a collective that all devices run at the same time, in groups of neighbours."""
     mesh = Mesh(np.array(devices).reshape(-1, group), ("apart", "together"), axis_types=(AxisType.Explicit,) * 2)
-
-    def once(x):
-        ring = [(i, (i + 1) % group) for i in range(group)]
-        if kind == "all-reduce":
-            return jax.lax.psum(x, "together") / group
-        if kind == "all-gather":
-            return jax.lax.all_gather(x, "together", tiled=True)[: x.shape[0]]
-        if kind == "all-to-all":
-            return jax.lax.all_to_all(x, "together", 0, 0, tiled=True)
-        return jax.lax.ppermute(x, "together", ring)
-
-    def several(x, turns=8):
-        return jax.lax.fori_loop(0, turns, lambda _, x: once(x), x) if turns > 1 else once(x)
-
-    costs = []
+    place, costs = P(("apart", "together")), []
     for size in (SMALL, LARGE):
-        whole = size // (group if kind == "all-gather" else 1) // 4
+        once = functools.partial(_once, kind, group)
+        several = functools.partial(jax.lax.fori_loop, 0, TURNS, lambda _, x, once=once: once(x))
         with jax.set_mesh(mesh):
-            x = jnp.ones(len(devices) * whole, out_sharding=P(("apart", "together")))
-            places = P(("apart", "together"))
-            call = jax.jit(jax.shard_map(several, in_specs=places, out_specs=places, check_vma=False))
-            costs.append(best(call, x) / 8)
+            x = jnp.ones(len(devices) * size // (group if kind == "all-gather" else 1) // 4, out_sharding=place)
+            call = jax.jit(jax.shard_map(several, in_specs=place, out_specs=place, check_vma=False))
+            costs.append(quick(repeats, call, x) / TURNS)
     byte = max(0.0, costs[1] - costs[0]) / (LARGE - SMALL)
     return Line(max(0.0, costs[0] - SMALL * byte), byte)
 
 
-def best(call: Callable, *arguments, repeats: int = 12) -> float:
-    """The median of the faster half of several calls, in seconds."""
+def _once(kind: str, group: int, x: jax.Array) -> jax.Array:
+    if kind == "all-reduce":
+        return jax.lax.psum(x, "together") / group
+    if kind == "all-gather":
+        return jax.lax.all_gather(x, "together", tiled=True)[: x.shape[0]]
+    if kind == "all-to-all":
+        return jax.lax.all_to_all(x, "together", 0, 0, tiled=True)
+    return jax.lax.ppermute(x, "together", [(i, (i + 1) % group) for i in range(group)])
+
+
+def quick(repeats: int, call: Callable, *arguments) -> float:
+    """Seconds of a call: the median of the faster half of several."""
     jax.block_until_ready(call(*arguments))
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
         jax.block_until_ready(call(*arguments))
         times.append(time.perf_counter() - began)
-    return statistics.median(sorted(times)[: repeats // 2])
+    return statistics.median(sorted(times)[: max(1, repeats // 2)])
+
+
+def _mesh(devices: Sequence[jax.Device]) -> Mesh:
+    return meshes.device_mesh(Axes(len(devices), 1, 1, 1, 1, 1), list(devices))

@@ -203,7 +203,7 @@ USUAL = ("dp", "fsdp", "tp", "sp", "cp", "ring", "ep", "pp", "pp_vp", "tp_sp", "
 def usual(run: Run) -> list[Estimate]:
     """The usual layouts, with the sizes a run gets where it gives none; what the model cannot be cut by is left out."""
     found = []
-    for name in USUAL:
+    for name in (name for name in USUAL if name != "ep" or "E" in run.model.sizes()):
         with contextlib.suppress(Refused):
             found.append(estimate(dataclasses.replace(run, layout=layouts.preset(name), axes=Axes())))
     return found
