@@ -1,0 +1,159 @@
+"""What can be changed in a run that does not fit a device's memory, and how much each change frees."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from llmjax import layout as layouts
+from llmjax.checks import check
+from llmjax.errors import Refused
+from llmjax.layout import Layout, axes_of
+from llmjax.mesh import AXES, Axes, Chip
+from llmjax.optim.adafactor import Adafactor
+from llmjax.optim.lion import Lion
+from llmjax.optim.sgd import SGD
+from llmjax.plan import memory
+from llmjax.plan.work import ways
+from llmjax.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """One change of a run."""
+
+    name: str
+    change: str
+    "The flags of the command line that make it; of another optimizer, the field of the experiment."
+    frees: int
+    "Bytes of a device, predicted for the changed run."
+    fits: bool
+    "Whether the changed run is within the limit."
+    costs: str
+    "What is given up for it."
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A run that differs from the one asked about."""
+
+    name: str
+    flags: str
+    costs: str
+    run: Run
+    sizes: Axes
+    accumulate: int
+
+
+def ranked(run: Run, sizes: Axes, accumulate: int, limit: float, chip: Chip | None = None) -> list[Knob]:
+    """The changes that free memory, the most first. `limit` is in bytes; what `llmjax.checks` refuses is left out.
+
+    Each is predicted alone: two of them together free less than the sum where they free the same bytes.
+    """
+    now, found = memory.predict(run, sizes, accumulate, chip).total, []
+    for change in _changes(run, sizes, accumulate):
+        try:
+            check(change.run, change.sizes, change.accumulate)
+        except Refused:
+            continue
+        then = memory.predict(change.run, change.sizes, change.accumulate, chip).total
+        if then < now:
+            found.append(Knob(change.name, change.flags, now - then, then <= limit, change.costs))
+    return sorted(found, key=lambda knob: -knob.frees)
+
+
+def _changes(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
+    yield from _recomputed(run, sizes, accumulate)
+    yield from _fewer_rows(run, sizes, accumulate)
+    yield from _axes(run, sizes, accumulate)
+    yield from _pipeline(run, sizes, accumulate)
+    yield from _optimizers(run, sizes, accumulate)
+
+
+def _recomputed(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
+    costs = dict(
+        dots="the backward pass computes again all but the products with weights",
+        full="the backward pass computes every layer again: about a third more compute",
+    )
+    order = ("none", "dots", "full")
+    for remat in order[order.index(run.remat) + 1 :]:
+        changed = dataclasses.replace(run, remat=remat)
+        yield Change(f"remat {remat}", f"--remat {remat}", costs[remat], changed, sizes, accumulate)
+
+
+def _fewer_rows(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
+    for times in (2, 4):
+        more = times * accumulate
+        costs = "weights are gathered as many times more often, and products have fewer rows"
+        changed = dataclasses.replace(run, accumulate=more)
+        yield Change(f"accumulate x{times}", f"--accumulate {more}", costs, changed, sizes, more)
+    half = run.batch // 2
+    costs = "another run: half the tokens in a step"
+    yield Change("batch halved", f"--batch {half}", costs, dataclasses.replace(run, batch=half), sizes, accumulate)
+
+
+def _axes(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
+    """The same devices with other axes; those of data go first, then those of fsdp."""
+    kinds = (
+        ("fsdp", layouts.fsdp, ("data",), "weights are gathered for every layer, over the faster network"),
+        ("tensor", layouts.tp, ("data", "fsdp"), "activations are summed over the axis in every layer, unhidden"),
+        ("context", layouts.cp, ("data", "fsdp"), "keys and values are gathered in every layer"),
+        ("context", layouts.ring, ("data", "fsdp"), "keys and values travel around a ring in every layer"),
+    )
+    for axis, kind, sources, costs in kinds:
+        layout = _with(run.layout, kind)
+        for source in sources:
+            for times in _factors(getattr(sizes, source)):
+                moved = dataclasses.replace(
+                    sizes, **{axis: getattr(sizes, axis) * times, source: getattr(sizes, source) // times}
+                )
+                name = f"{axis} x{times} from {source}" + (f", {kind.name}" if axis == "context" else "")
+                yield _placed(name, costs, run, layout, moved, accumulate)
+    if sizes.tensor > 1 and "tensor" not in axes_of(run.layout.stream.get("T")):
+        costs = "none: the same bytes travel, cut otherwise"
+        yield _placed("sequence parallel", costs, run, _with(run.layout, layouts.sp), sizes, accumulate)
+
+
+def _factors(size: int) -> list[int]:
+    """2, 4 and all of an axis, as far as they divide it."""
+    return sorted({n for n in (2, 4, size) if 1 < n <= size and size % n == 0})
+
+
+def _with(layout: Layout, kind: Layout) -> Layout:
+    """The layout and this kind; a ring and the gathering of all keys take each other's place."""
+    parts = [name for name in layout.name.split("_") if name not in ("cp", "ring") or kind.name not in ("cp", "ring")]
+    known = all(name in layouts.KINDS for name in parts)
+    if not known:
+        return layout | kind
+    named = layouts.preset("_".join(parts)) if parts else layouts.dp
+    return named if kind.name in parts else named | kind
+
+
+def _placed(name: str, costs: str, run: Run, layout: Layout, sizes: Axes, accumulate: int) -> Change:
+    flags = [f"--axes.{axis} {getattr(sizes, axis)}" for axis in AXES if axis in layout.axes()]
+    flags += [f"--layout {layout.name}"] * (layout.name != run.layout.name)
+    return Change(name, " ".join(flags), costs, dataclasses.replace(run, layout=layout), sizes, accumulate)
+
+
+def _pipeline(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
+    if ways(run.layout.params.get("L"), sizes) == 1 or run.pipeline.schedule == "1f1b":
+        return
+    how = dataclasses.replace(run.pipeline, schedule="1f1b")
+    costs = "each stage is computed again from its input, and the head on every stage"
+    changed = dataclasses.replace(run, pipeline=how)
+    yield Change("1f1b", "--pipeline.schedule 1f1b", costs, changed, sizes, accumulate)
+
+
+def _optimizers(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
+    schedule = getattr(run.optimizer, "schedule", None)
+    kept = dict(schedule=schedule) if schedule else {}
+    others = (
+        (Lion(**kept), "Lion()", "one number of state per parameter"),
+        (Adafactor(**kept), "Adafactor()", "rows and columns for state"),
+        (SGD(momentum=0, **kept), "SGD(momentum=0)", "no state"),
+    )
+    for optimizer, text, state in others:
+        if type(optimizer) is type(run.optimizer):
+            continue
+        name = type(optimizer).__name__
+        costs = f"another run: {state}, and a learning rate to be found"
+        changed = dataclasses.replace(run, optimizer=optimizer)
+        yield Change(name, f"optimizer={text}", costs, changed, sizes, accumulate)

@@ -1,0 +1,269 @@
+"""Bytes of one device in a train step, from the run's fields alone: the model that needs no compiler.
+
+Parameters and optimizer are exact. The rest is what the step keeps by its own code (`llmjax.models.nn.layers`, the
+residuals of `attention`, of the norms and of the feed-forward, `llmjax.models.pipeline`) at the moment of the peak,
+which is either in the backward pass of a layer or at the loss; what a compiler keeps besides is in `Habits`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+
+from llmjax import mesh as meshes
+from llmjax.layout import axes_of
+from llmjax.mesh import AXES, Axes, Chip
+from llmjax.models import nn
+from llmjax.models.pipeline import ticks
+from llmjax.models.shapes import LAYER, Matrix
+from llmjax.plan.work import cut, ways
+from llmjax.run import Run
+from llmjax.train import diloco, program
+from llmjax.train import step as steps
+
+Leaf = tuple[tuple[int, ...], int, tuple[tuple[str, ...], ...]]  # shape, bytes of a number, axes that cut each dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that one device holds at the peak of a step."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    "In float32: of all layers, and of a microbatch besides where there are several."
+    activations: int
+    "What the forward pass leaves for the backward pass."
+    temporaries: int
+    "What comes and goes: gathered weights, attention scores, logits."
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.gradients + self.activations + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Habits:
+    """How many arrays XLA keeps at once in the backward pass of a layer and at the loss, seen in compiled programs.
+
+    `tests/plan/test_memory.py` shows how near they come.
+    """
+
+    scores: float
+    "Bytes per attention score in attention's backward pass."
+    scores_beside: float
+    "The same in the feed-forward's: what attention computed again already waits there."
+    hidden: float
+    "Arrays as wide as the feed-forward, in its backward pass."
+    hidden_beside: float
+    "The same in attention's."
+    stream: float
+    "Arrays as wide as the stream."
+    logits: float
+    "Bytes per logit at the loss."
+    casts: float
+    "Share of the layers' weights at rest that are cast once for all microbatches, ahead of the loop."
+    slopes: float = 2
+    "Gradients of a layer's largest weight that wait, whole, for the sum over devices."
+    sets: int = 3
+    "Gradients of a whole stage in a pipeline: the sum so far, what is added, and the new sum."
+
+
+TPU = Habits(scores=6, scores_beside=4, hidden=4, hidden_beside=2, stream=3, logits=2, casts=0.7)
+HOST = Habits(scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0)  # CPU devices
+
+
+def state(run: Run, sizes: Axes) -> tuple[int, int]:
+    """(parameters, optimizer) of one device, exactly."""
+    parameters, optimizer = _leaves(run.model, run.optimizer, run.clip, run.steps, run.layout, run.local)
+    return sum(_bytes(leaf, sizes) for leaf in parameters), sum(_bytes(leaf, sizes) for leaf in optimizer)
+
+
+def _bytes(leaf: Leaf, sizes: Axes) -> int:
+    shape, each, cuts = leaf
+    parts = (math.prod(getattr(sizes, axis) for axis in axes) for axes in cuts)
+    return each * math.prod(-(-size // n) for size, n in zip(shape, parts, strict=True))
+
+
+@functools.lru_cache(maxsize=256)
+def _leaves(model, optimizer, clip, length, layout, local) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...]]:
+    run = Run(model, None, optimizer, None, None, layout=layout, clip=clip, steps=length, local=local)
+    init = functools.partial(diloco.init if local.every else steps.init, model.init, program.transformation(run))
+    # A layer's dim names the stages only where there are several.
+    stages = next((n for n in range(2, model.layers + 1) if model.layers % n == 0), 1) if layout.params.get("L") else 1
+    ones = Axes(**{axis: stages if axis == "stage" else 1 for axis in AXES})
+    with jax.sharding.use_abstract_mesh(meshes.abstract_mesh(ones)), nn.compute(nn.Compute(layout)):
+        made = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    return tuple(map(_leaf, jax.tree.leaves(made.model))), tuple(map(_leaf, jax.tree.leaves(made.opt)))
+
+
+def _leaf(x: Any) -> Leaf:
+    spec = tuple(x.sharding.spec) if getattr(x, "sharding", None) is not None else ()
+    cuts = tuple(axes_of(part) for part in spec)
+    return x.shape, x.dtype.itemsize, cuts + ((),) * (len(x.shape) - len(cuts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one device sees of a microbatch, and of the model."""
+
+    tokens: float
+    "Inside blocks."
+    stream: float
+    "Between blocks."
+    keys: float
+    "Positions that a token's scores are of, at once: all, or around a ring three pairs of the 2n pieces."
+    number: int
+    "Bytes of an activation's number."
+    layers: int
+    "Layers that a microbatch passes here at once."
+    passes: int
+    "How many microbatches leave something for the backward pass."
+    letters: dict[str, float]
+    "Size of every letter in here."
+    experts: float
+    "Rows that experts multiply, per token; 0: none do."
+
+    @property
+    def scores(self) -> float:
+        return self.tokens * self.keys * self.letters["H"]
+
+
+def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
+    """The part of this device."""
+    layout, letters = run.layout, dict(run.model.sizes())
+    stages = ways(layout.params.get("L"), sizes)
+    rows = run.batch // ways(layout.inner.get("B"), sizes) // accumulate
+    parts = run.pipeline.parts(rows, stages) if stages > 1 else 1
+    laps = run.pipeline.laps if stages > 1 else 1
+    layers = run.model.layers // stages // laps
+    passes = parts
+    if stages > 1:
+        passes = 1 if run.pipeline.schedule == "1f1b" else ticks("circular", stages, parts, laps)[0]
+    tokens = rows / parts * run.sequence
+    inside, ring = ways(layout.inner.get("T"), sizes), ways(layout.inner.get("S"), sizes)
+    local = {d: size / ways(layout.inner.get(d), sizes) for d, size in letters.items() if d not in "DE"}
+    routed = (m.share for m in run.model.matrices()["mlp"] if {*"EF"} <= {*m.dims})
+    met = max(routed, default=0.0) * letters.get("E", 0)
+    return Part(
+        tokens=tokens / inside,
+        stream=tokens / ways(layout.stream.get("T"), sizes),
+        keys=run.sequence if ring == 1 else 3 / 2 * run.sequence / (2 * ring),
+        number=2 if bfloat16 else 4,
+        layers=layers,
+        passes=passes,
+        letters=local | {"D": letters["D"]},
+        experts=met * (getattr(run.model, "capacity", 0) or 1),
+    )
+
+
+def saved(run: Run, one: Part) -> float:
+    """Bytes that one layer leaves for the backward pass of one microbatch."""
+    D, H, G, K, F = (one.letters[d] for d in "DHGKF")
+    if run.remat != "none":  # the stream alone: no policy sees into the products, whose derivative is our own
+        return one.stream * D * one.number
+    norms = one.stream * (4 * 4 * D)  # two norms keep their input and its normalised form in float32
+    ends = 2 * one.tokens * D * one.number  # the norms' results, gathered
+    heads = one.tokens * (K * (3 * H + 2 * G) * one.number + 4 * H)
+    rows = one.tokens * (one.experts or 1)
+    hidden = 6 * rows * F * one.number
+    routed = one.experts and rows * D * (one.number + 4)
+    return norms + ends + heads + hidden + routed
+
+
+def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) -> Memory:
+    """What one device holds at the peak of a step of this run on axes of these sizes.
+
+    The chip is the cluster's unless one is given; an unknown one computes as an accelerator does. Of anything but a TPU
+    it is what programs for emulated CPU devices take.
+    """
+    chip = chip or run.mesh.chip
+    platform = chip.platform if chip else ""
+    habits = TPU if platform == "tpu" else HOST
+    bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and platform != "cpu")
+    parameters, optimizer = state(run, sizes)
+    one = part(run, sizes, accumulate, bfloat16 and platform != "cpu")
+    kept = saved(run, one) * one.layers * one.passes
+    several, stages = accumulate > 1, ways(run.layout.params.get("L"), sizes)
+    if stages > 1:
+        gradients, passing = _stage(run, sizes, one, habits, accumulate, _head(sizes, one, platform))
+    else:
+        ahead, head = _ahead(run, sizes, habits, bfloat16), _head(sizes, one, platform)
+        waits = 0 if several and platform == "tpu" else head
+        in_layer = parameters * (2 if several else 1), _layer(run, sizes, one, habits) + ahead + waits
+        at_loss = parameters * (1 if several else 0), _loss(one, one.tokens, habits) + ahead + head
+        gradients, passing = max(in_layer, at_loss, key=sum)
+    if platform == "cpu":
+        passing += (min(one.layers, program.UNROLLED) - 1) * _merged(run, sizes, one)
+    return Memory(parameters, optimizer, int(gradients), int(kept), int(passing))
+
+
+def _layer(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
+    """The peak in the backward pass of one layer."""
+    D, F = one.letters["D"], one.letters["F"]
+    rows = one.tokens * (one.experts or 1)
+    hidden, stream = rows * F * one.number, one.tokens * D * one.number
+    attention = habits.scores * one.scores + habits.hidden_beside * hidden
+    mlp = habits.scores_beside * one.scores + habits.hidden * hidden + (one.experts and 2 * rows * D * one.number)
+    whole = max(_whole(run, sizes, m) / m.count for m in _matrices(run))
+    return max(attention, mlp) + habits.stream * stream + 4 * habits.slopes * whole
+
+
+def _loss(one: Part, tokens: float, habits: Habits) -> float:
+    """The peak at the loss: logits, and the head gathered."""
+    D, V = one.letters["D"], one.letters["V"]
+    return habits.logits * tokens * V + D * V * one.number
+
+
+def _head(sizes: Axes, one: Part, platform: str) -> float:
+    """The gradient of the head, where XLA sums it whole: on TPUs over all devices, else the embedding, too."""
+    whole = 4 * one.letters["D"] * one.letters["V"]
+    if platform != "tpu":
+        return 2 * whole if sizes.fsdp > 1 else 0
+    return whole if 1 < sizes.fsdp == math.prod(sizes.sizes()) else 0
+
+
+def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int, head: float) -> tuple[float, float]:
+    """(gradients, what comes and goes) of a pipeline's stage."""
+    how, letters = run.pipeline, one.letters
+    layers = run.model.layers / ways(run.layout.params.get("L"), sizes)
+    gathered = layers * sum(_whole(run, sizes, m) for m in _matrices(run))
+    ends = sum(_whole(run, sizes, m) for m in _matrices(run, ("embedding", "head")))
+    stream = one.tokens * letters["D"] * one.number  # of one microbatch
+    rows = run.batch // ways(run.layout.inner.get("B"), sizes) // accumulate
+    parts = how.parts(rows, ways(run.layout.params.get("L"), sizes))
+    inside = _layer(run, sizes, one, habits)
+    if how.schedule == "1f1b":
+        kept = stream * (2 * ways(run.layout.params.get("L"), sizes) - 1)
+        tick = max(4 * gathered, inside) + habits.logits * one.tokens * letters["V"]
+        return 4 * (2 * gathered + 2 * ends), kept + tick + one.number * (gathered + ends)
+    ticking = 4 * (habits.sets - 1) * gathered, max(4 * gathered, inside)
+    losing = 0.0, _loss(one, one.tokens * parts, habits) + head
+    gradients, passing = max(ticking, losing, key=sum)
+    return gradients, passing + one.number * gathered + 2 * stream * parts
+
+
+def _merged(run: Run, sizes: Axes, one: Part) -> float:
+    """What every further layer of an unrolled loop keeps: there XLA computes nothing twice, whatever `remat` says."""
+    more = 4 * one.scores
+    if run.remat == "none":
+        more -= one.tokens * (one.experts or 1) * one.letters["F"] * one.number
+    else:
+        more += one.tokens * (4 * one.letters["F"] + one.letters["D"]) * one.number
+        more += 4 * sum(_whole(run, sizes, m) for m in _matrices(run))
+    return more
+
+
+def _matrices(run: Run, modules: tuple[str, ...] = LAYER) -> list[Matrix]:
+    return [m for module in modules for m in run.model.matrices().get(module, ())]
+
+
+def _whole(run: Run, sizes: Axes, matrix: Matrix) -> float:
+    return cut(run.layout, matrix, dict(run.model.sizes()), sizes, "in_use")
+
+
+def _ahead(run: Run, sizes: Axes, habits: Habits, bfloat16: bool) -> float:
+    at_rest = sum(cut(run.layout, m, dict(run.model.sizes()), sizes, "at_rest") for m in _matrices(run))
+    return 2 * bfloat16 * habits.casts * at_rest * run.model.layers
