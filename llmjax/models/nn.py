@@ -234,6 +234,7 @@ def enter(x_BTD: jax.Array) -> jax.Array:
     return jax.reshard(x_BTD, how().layout.gathered("BTD"))
 
 
+@jax.named_scope("embedding")
 def embed(tokens_BT: jax.Array, table_VD: nnx.Param) -> jax.Array:
     """Rows of the table."""
     V, D = how().layout.in_use("VD")

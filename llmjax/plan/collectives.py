@@ -87,22 +87,51 @@ def collectives(
     Raises:
       ValueError: such a loop holds a collective and `turns` is not given, or a line is not understood.
     """
-    module = hlo.parse(program if isinstance(program, str) else program.as_text())
-    found = []
+    return of_module(hlo.parse(program if isinstance(program, str) else program.as_text()), mesh, turns)
+
+
+def of_module(module: hlo.Module, mesh: Mesh | AbstractMesh, turns: int | None = None) -> list[Collective]:
+    """`collectives` of a program that has been read."""
+    found, seen = [], set()
     for ran in hlo.walk(module, turns):
         x = ran.instruction
-        if (kind := _kind(x)) is None:
+        if kind_of(x) is None or (part := _part(ran)) in seen:
+            continue
+        seen.add(part)
+        one = read(module, ran.computation, x, mesh)
+        if one is None:
             continue
         if ran.count is None:
             raise ValueError(f"how often {x.name} runs depends on data, in {module.source(ran.loop)}: give `turns`.")
-        groups, raw = _groups(x, mesh.size)
-        ways = max(map(len, groups), default=mesh.size)
-        if groups and not _moves(kind, groups):
-            continue
-        arrays = _payload(kind, x, module.computations[ran.computation], ways)
-        axes = _axes(groups, mesh, kind == "collective-permute")
-        found.append(Collective(kind, axes, ways, arrays, ran.count, module.source(x), raw, ran.computation))
+        found.append(dataclasses.replace(one, count=ran.count))
     return found
+
+
+def _part(ran: hlo.Ran) -> tuple[str, ...]:
+    """What a collective is a part of. A TPU repeats an asynchronous one in every fusion that it runs beside."""
+    attributes = ran.instruction.attributes
+    chain = re.search(r'chain_id="(\d+)"', attributes)
+    channel = re.search(r"channel_id=(\d+)", attributes)
+    if chain and channel:
+        return ran.schedule, chain[1], channel[1]
+    return ran.computation, ran.instruction.name
+
+
+def read(module: hlo.Module, computation: str, x: Instruction, mesh: Mesh | AbstractMesh) -> Collective | None:
+    """The collective that an instruction is, run once; None where nothing leaves a device.
+
+    An all-reduce of which only a part is kept, in a fusion of its own, is how a TPU writes a reduce-scatter.
+    """
+    kind, (groups, raw) = kind_of(x), _groups(x, mesh.size)
+    ways = max(map(len, groups), default=mesh.size)
+    if groups and not _moves(kind, groups):
+        return None
+    arrays = _payload(kind, x, module.computations[computation], ways)
+    axes = _axes(groups, mesh, kind == "collective-permute")
+    root = module.root(computation) if computation in module.roots else None
+    if kind == "all-reduce" and root and root.opcode == "dynamic-slice" and root.operands[0] == x.name:
+        kind = "reduce-scatter"
+    return Collective(kind, axes, ways, arrays, 1, module.source(x), raw, computation)
 
 
 def table(found: Iterable[Collective], above: int = 0) -> dict[Key, int]:
@@ -149,7 +178,8 @@ def _sent(found: Iterable[Collective], key: Key) -> float:
     return sum(x.count * x.sent for x in found if (x.kind, x.axes) == key)
 
 
-def _kind(x: Instruction) -> str | None:
+def kind_of(x: Instruction) -> str | None:
+    """One of KINDS, or None for anything else, the ends of asynchronous ones among them."""
     kind = x.opcode.removesuffix("-start")
     to_the_host = "is_host_transfer=true" in x.attributes
     return kind if kind in KINDS and not to_the_host else None

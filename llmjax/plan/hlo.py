@@ -57,6 +57,21 @@ class Instruction:
         found = re.search(rf"\b{name}=\{{([^}}]*)\}}", self.attributes)
         return found[1] if found else ""
 
+    def operation(self) -> str:
+        """The traced operation it comes from, such as jit(step)/block/mlp/mul; nothing where it names none."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    def cycles(self) -> int | None:
+        """How long the TPU's compiler thinks it runs."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(found[1]) if found else None
+
+    def target(self) -> str:
+        """What a custom call calls."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
     def called(self) -> tuple[str, ...]:
         """Names of the computations it runs once, a loop's not among them."""
         found = _CALLED.findall(self.attributes)
@@ -75,13 +90,16 @@ class Module:
     def root(self, computation: str) -> Instruction:
         return self.computations[computation][self.roots[computation]]
 
-    def source(self, instruction: Instruction) -> str:
-        """The traced operation an instruction comes from, with file and line where the program says them."""
-        name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    def place(self, instruction: Instruction) -> str:
+        """file:line that an instruction comes from, or nothing where the program does not say."""
         file = re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.attributes)
         frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
-        place = f"{file[1]}:{file[2]}" if file else self.frames.get(frame[1], "") if frame else ""
-        return " at ".join(part for part in (name[1] if name else instruction.name, place) if part)
+        return f"{file[1]}:{file[2]}" if file else self.frames.get(frame[1], "") if frame else ""
+
+    def source(self, instruction: Instruction) -> str:
+        """The traced operation an instruction comes from, with file and line where the program says them."""
+        parts = instruction.operation() or instruction.name, self.place(instruction)
+        return " at ".join(part for part in parts if part)
 
 
 def arrays_of(text: str) -> tuple[Array, ...]:
@@ -256,6 +274,7 @@ class Ran:
     instruction: Instruction
     count: int | None  # None: below a loop whose turns depend on data
     loop: Instruction | None = None  # that loop
+    schedule: str = ""  # the computation in whose order it runs: its own, or the one that holds the fusion it is in
 
 
 def walk(module: Module, default: int | None = None) -> Iterator[Ran]:
@@ -263,18 +282,19 @@ def walk(module: Module, default: int | None = None) -> Iterator[Ran]:
 
     A loop whose turns depend on data is taken to turn `default` times.
     """
-    return _walk(module, module.entry, {}, default, 1, None)
+    return _walk(module, module.entry, {}, default, 1, None, module.entry)
 
 
-def _walk(module, computation, known, default, count, loop) -> Iterator[Ran]:
+def _walk(module, computation, known, default, count, loop, schedule) -> Iterator[Ran]:
     for x in module.computations[computation].values():
-        yield Ran(computation, x, count, loop)
+        yield Ran(computation, x, count, loop, schedule)
         if x.opcode == "while":
             body, often = x.attribute("body"), turns(module, computation, x, known)
             often = default if often is None else often
             inside = unchanged(module, body, start(module, computation, x, known))
             hidden = (None, loop or x) if often is None or count is None else (count * often, None)
-            yield from _walk(module, body, inside, default, *hidden)
+            yield from _walk(module, body, inside, default, *hidden, body)
         elif not x.opcode.endswith(("-done", "-update")):  # the start of something asynchronous has been counted
             for name in x.called():
-                yield from _walk(module, name, {}, default, count, loop)
+                within = schedule if x.opcode == "fusion" else name
+                yield from _walk(module, name, {}, default, count, loop, within)

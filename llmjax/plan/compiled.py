@@ -1,0 +1,268 @@
+"""A run's own train step, compiled for a cluster that is not there, and what the compiler says of it."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from jax import P
+from jax.sharding import Mesh, NamedSharding
+
+from llmjax import mesh as meshes
+from llmjax.errors import Refused
+from llmjax.mesh import Axes, Chip, Cluster
+from llmjax.plan import buffers, hlo, schedule, topology
+from llmjax.plan.buffers import Buffer
+from llmjax.plan.schedule import Roofline, Row, Time
+from llmjax.plan.topology import NoCompiler
+from llmjax.run import Run, from_json, to_json
+from llmjax.train import program
+from llmjax.train.program import Program, bytes_per_device
+
+__all__ = ["Memory", "NoCompiler", "Report", "mesh", "report"]
+
+FORMAT = 1  # of a cached report; another number makes older ones be compiled again
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device."""
+
+    parameters: int
+    optimizer: int
+    "Its state, the step's number included."
+    batch: int
+    arguments: int | None
+    "Parameters, optimizer and batch as the compiler lays them out; None where it refused."
+    outputs: int | None
+    aliased: int | None
+    "Of the outputs, what takes the place of arguments."
+    temporaries: int | None
+    "Activations, gradients, gathered weights."
+    code: int | None
+    total: int
+    "At the peak: arguments + outputs - aliased + temporaries + code, or what the compiler asks for when it refuses."
+    capacity: int | None
+    "Of the chip; None where it is not known."
+
+    @property
+    def fits(self) -> bool:
+        return self.capacity is None or self.total <= self.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler says of a train step."""
+
+    refusal: str
+    "Why there is no program, in a sentence, or nothing. Then only memory and buffers say anything."
+    memory: Memory
+    buffers: tuple[Buffer, ...]
+    "The largest that are live at the peak, or that the compiler names when it refuses."
+    rows: tuple[Row, ...]
+    "Communication, the longest first. On emulated devices nothing is hidden."
+    time: Time | None
+    "None where the compiler gives no cycles: everything but a TPU."
+    unknown: dict[str, int]
+    "Operations whose cost is not known, with the times they run in a step."
+    warnings: tuple[str, ...]
+    "What in the program is worth a look, a sentence each."
+    axes: Axes
+    chip: str
+    topology: str
+    compiler: str
+    "Versions of jax, jaxlib and the compiler."
+    seconds: float
+    "Of tracing, lowering and compiling."
+    cached: bool = False
+    "Whether the program was not compiled again."
+
+
+def mesh(cluster: Cluster, sizes: Axes) -> Mesh:
+    """A mesh to compile for. GPUs and CPUs are stood in for by emulated devices of this process.
+
+    Raises:
+      NoCompiler: the TPU compiler is not installed, is not the one jax works with, or does not know the chip.
+      Refused: there is no such slice, or JAX has started with fewer emulated devices.
+    """
+    if cluster.chip is not None and cluster.chip.platform == "tpu":
+        return meshes.device_mesh(sizes, topology.devices(cluster), cluster.slices)
+    devices = _emulated(_product(sizes))
+    return meshes.device_mesh(sizes, devices, 1)
+
+
+def _emulated(count: int) -> list[jax.Device]:
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        pass  # JAX has started: what there is may be enough
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise Refused(f"{count} emulated devices are needed, but JAX started with {len(devices)}: start a new process.")
+    return devices[:count]
+
+
+def _product(sizes: Axes) -> int:
+    count = 1
+    for size in sizes.sizes():
+        count *= size
+    return count
+
+
+def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofline = lambda call: None) -> Report:
+    """Compiles the run's train step for its own cluster with axes of these sizes.
+
+    A report is kept in `cache` under a hash of the traced program, the versions and the cluster. `roofline` gives the
+    seconds of a custom call of its own, such as a Pallas kernel; those it does not know are listed as unknown.
+
+    Raises:
+      NoCompiler: the TPU compiler is missing or not the right one; the analytic model is all there is.
+      Refused: there is no such slice, or the run cannot be cut so.
+    """
+    began = time.perf_counter()
+    chip = run.mesh.chip
+    if chip is None:
+        raise Refused(f"mesh {run.mesh.name} leaves its chip open: choose a mesh with a known chip.")
+    if chip.platform != "tpu" and _started() and len(jax.devices("cpu")) < _product(sizes):
+        return _in_another_process(run, sizes, cache)
+    made = program.make(run, mesh(run.mesh, sizes), chip)
+    state = placed(made)
+    with made.context():
+        lowered = made.step.lower(state, made.abstract_batch())
+    file = cache / f"{_key(lowered.as_text(), run.mesh, sizes)}.json" if cache else None
+    known = _cached(file) if file else None
+    if known is not None:
+        return dataclasses.replace(known, cached=True, seconds=time.perf_counter() - began)
+    found = _compiled(made, state, lowered, sizes, chip, roofline)
+    found = dataclasses.replace(found, seconds=time.perf_counter() - began)
+    if file:
+        _store(file, found)
+    return found
+
+
+def _started() -> bool:
+    from jax._src import xla_bridge  # no public name says it
+
+    return xla_bridge.backends_are_initialized()
+
+
+def placed(made: Program) -> program.steps.State:
+    """The abstract state with shardings on the program's own mesh, as a compiler wants them."""
+
+    def place(x):
+        spec = x.sharding.spec if x.sharding is not None else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(made.mesh, spec))
+
+    return jax.tree.map(place, made.abstract_state())
+
+
+def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, chip: Chip, roofline) -> Report:
+    held = dict(
+        parameters=bytes_per_device(state.model, made.mesh),
+        optimizer=bytes_per_device(state.opt, made.mesh) + 4,
+        batch=bytes_per_device(made.abstract_batch(), made.mesh),
+        capacity=chip.memory and int(chip.memory),
+    )
+    about = dict(
+        axes=sizes, chip=chip.name, topology=made.run.mesh.topology, compiler=versions(made.run.mesh), seconds=0.0
+    )
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = buffers.refusal(str(error))
+        none = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code"))
+        memory = Memory(**held, **none, total=said.needed)
+        return Report(said.sentence, memory, said.buffers, (), None, {}, (), **about)
+    module = hlo.parse(program.as_text())
+    read = schedule.read(module, made.mesh, made.run.mesh, sizes, roofline)
+    return Report(
+        refusal="",
+        memory=_memory(program, held),
+        buffers=buffers.largest(module),
+        rows=read.rows,
+        time=read.time if schedule.clock(chip) else None,
+        unknown=read.unknown,
+        warnings=tuple(schedule.warnings(read.rows, sizes)),
+        **about,
+    )
+
+
+def _memory(program: jax.stages.Compiled, held: dict) -> Memory:
+    stats = program.memory_analysis()
+    parts = dict(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+    total = sum(parts.values()) - 2 * parts["aliased"]
+    return Memory(**held, **parts, total=total)
+
+
+def versions(cluster: Cluster) -> str:
+    """The versions that decide what is compiled."""
+    names = ["jax", "jaxlib", *(["libtpu"] if cluster.chip.platform == "tpu" else [])]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
+def _key(program: str, cluster: Cluster, sizes: Axes) -> str:
+    """Everything that decides a report: the program traced, the readers of what is compiled, the machine."""
+    readers = b"".join(Path(module.__file__).read_bytes() for module in (hlo, schedule, buffers, schedule.collectives))
+    what = json.dumps([FORMAT, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
+    return hashlib.sha256(b"\0".join((program.encode(), readers, what))).hexdigest()[:32]
+
+
+def _cached(file: Path) -> Report | None:
+    """The report in a file; None where there is none that can be read."""
+    try:
+        found = from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, Refused, AttributeError, ImportError, TypeError):
+        return None
+    return found if isinstance(found, Report) else None
+
+
+def _store(file: Path, found: Report) -> None:
+    """Writes a report whole or not at all; a disk that is full costs the next plan its time, not this one its result."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False, encoding="utf-8") as out:
+            json.dump(to_json(found), out)
+        os.replace(out.name, file)
+    except OSError:
+        return
+
+
+def _in_another_process(run: Run, sizes: Axes, cache: Path | None) -> Report:
+    """`report` in a process that may start with as many emulated devices as it takes."""
+    asked = json.dumps([to_json(run), to_json(sizes), str(cache) if cache else None])
+    done = subprocess.run(
+        [sys.executable, "-c", "from llmjax.plan.compiled import answer; answer()"],
+        input=asked,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    if done.returncode:
+        raise RuntimeError(f"compiling for {_product(sizes)} emulated devices failed: {done.stderr[-2000:]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "refused" in answer:
+        raise Refused(answer["refused"])
+    return from_json(answer)
+
+
+def answer() -> None:
+    """Reads what `_in_another_process` asks and prints the report or the refusal."""
+    run, sizes, cache = json.loads(sys.stdin.read())
+    try:
+        found = to_json(report(from_json(run), from_json(sizes), cache=Path(cache) if cache else None))
+    except Refused as refused:
+        found = {"refused": str(refused)}
+    print(json.dumps(found))
