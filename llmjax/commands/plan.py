@@ -74,7 +74,7 @@ def plan(run: Run, processes: Processes, options: Options) -> int:
     if options.write:
         slices.write(Path(options.write), run.mesh)
     if options.write_contract or options.check:
-        return agree(run, processes, options, display)
+        return agree(run, options, display)
     return one(run, processes, options, display)
 
 
@@ -126,9 +126,14 @@ def compile_for(found: Estimate, options: Options) -> tuple[compiled.Report | No
     if options.analytic or found.run.mesh.chip.platform == "cpu":
         return None, ""
     try:
-        return compiled.report(found.run, found.sizes, Path(found.run.runs) / ".cache" / "plans"), ""
+        return compiled.report(found.run, found.sizes, cache=plans(found.run)), ""
     except compiled.NoCompiler as refusal:
         return None, f"Without the compiler: {refusal}"
+
+
+def plans(run: Run) -> Path:
+    """Where reports of the compiler are kept."""
+    return Path(run.runs) / ".cache" / "plans"
 
 
 def measurer(run: Run, processes: Processes):
@@ -149,13 +154,13 @@ def measurer(run: Run, processes: Processes):
     return measure
 
 
-def agree(run: Run, processes: Processes, options: Options, display: Display) -> int:
+def agree(run: Run, options: Options, display: Display) -> int:
     """Writes the contract of the compiled step, or holds the step against one."""
     found = estimate(run)
-    if run.mesh.chip.platform == "cpu":
-        made = contract.emulated(run, found.sizes, system.start(run.mesh, processes))
-    else:
-        made = contract.of_report(compiled.report(run, found.sizes, Path(run.runs) / ".cache" / "plans"), run)
+    report = compiled.report(run, found.sizes, cache=plans(run))
+    if report.refusal:
+        raise Refused(f"{run.name} does not compile for {run.mesh.name}, where {report.refusal}: see llmjax plan.")
+    made = contract.of(report, run)
     if options.write_contract:
         contract.write(Path(options.write_contract), made)
         display.say(f"Wrote {options.write_contract}: {len(made.terms)} kinds of messages.")

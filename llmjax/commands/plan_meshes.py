@@ -39,10 +39,20 @@ class Case:
     measured: float | None = None
 
     @property
+    def compiled(self) -> float | None:
+        """Seconds of a step by the compiler's schedule, where there is one."""
+        return self.report.time.step if self.report and self.report.time else None
+
+    @property
     def step(self) -> float:
         """Seconds by the model that is trusted for this chip."""
-        which, _ = trusted(self.estimate.run.mesh.chip, self.report is not None)
-        return (self.report if which == "compiled" else self.estimate).time.step
+        which, _ = trusted(self.estimate.run.mesh.chip, self.compiled is not None)
+        return self.compiled if which == "compiled" else self.estimate.time.step
+
+    @property
+    def refused(self) -> bool:
+        """Whether the compiler says that it does not fit."""
+        return self.report is not None and (bool(self.report.refusal) or not self.report.memory.fits)
 
 
 def best_mesh(run: Run, options: Any, display: Display, measure: Measure | None) -> Found:
@@ -65,7 +75,7 @@ def best_mesh(run: Run, options: Any, display: Display, measure: Measure | None)
         cases = measured(cases, search.usual(run), measure, display)
     elif not options.analytic and run.mesh.chip.platform != "cpu":
         cases = compile_best(cases, options.compile, display)
-    cases.sort(key=lambda case: (case.report is None) * any(c.report for c in cases) or case.step)
+    cases = in_order(cases)
     table(display, cases)
     winner = cases[0].estimate
     display.say(f"\nThe best: {cut(winner.sizes)}, layout {winner.run.layout.name}{runners_up(cases)}")
@@ -76,19 +86,26 @@ def best_mesh(run: Run, options: Any, display: Display, measure: Measure | None)
     return Found(cluster, dict(meshes=[facts(c.estimate, c.report, c.measured) for c in cases], legal=ranking.legal))
 
 
+def in_order(cases: list[Case]) -> list[Case]:
+    """The best first: the compiled ones before the others, as two models do not compare, and last what is refused."""
+    return sorted(cases, key=lambda case: (case.refused, case.measured or 0, case.compiled is None, case.step))
+
+
 def compile_best(cases: list[Case], count: int, display: Display) -> list[Case]:
     """The cases with the compiler's report on the first of them."""
     done = list(cases)
     with contextlib.suppress(KeyboardInterrupt), progress(display, "compiling", min(count, len(cases))) as advance:
         for i, case in enumerate(cases[:count]):
-            run = case.estimate.run
+            run = dataclasses.replace(case.estimate.run, accumulate=case.estimate.accumulate)
+            plans = Path(run.runs) / ".cache" / "plans"
             try:
-                report = compiled.report(run, case.estimate.sizes, Path(run.runs) / ".cache" / "plans")
+                report = compiled.report(run, case.estimate.sizes, cache=plans)
             except compiled.NoCompiler as refusal:
                 display.say(f"Without the compiler: {refusal}")
                 break
             done[i] = dataclasses.replace(case, report=report)
-            advance(f"{title(case.estimate)}: {milliseconds(report.time.step)} ms/step")
+            took = f"{milliseconds(done[i].compiled)} ms/step" if done[i].compiled else "no time without the chip"
+            advance(f"{title(case.estimate)}: {'does not fit' if done[i].refused else took}")
     return done
 
 
@@ -130,16 +147,16 @@ def title(found: Estimate) -> str:
 
 def table(display: Display, cases: Sequence[Case]) -> None:
     """The meshes, the best first."""
-    which = {"compiled": any(c.report for c in cases), "measured": any(c.measured for c in cases)}
+    which = {"compiled": any(c.compiled for c in cases), "measured": any(c.measured for c in cases)}
     rows = []
     for case in cases:
-        found, took = case.estimate, {"compiled": case.report and case.report.time.step, "measured": case.measured}
+        found, took = case.estimate, {"compiled": case.compiled, "measured": case.measured}
         held = (case.report or found).memory.total
         rows.append([
             title(found), found.run.remat, str(found.accumulate), memory(held), milliseconds(found.time.step),
             *(milliseconds(took[name]) if took[name] else "" for name in which if which[name]),
             f"{100 * found.mfu[0] * found.time.step / case.step:.1f}%" if found.mfu else "",
-            f"+{100 * (case.step / cases[0].step - 1):.1f}%",
+            "does not fit" if case.refused else f"{100 * behind(case, cases[0]):+.1f}%",
         ])  # fmt: skip
     extra = [f"{name} ms" for name in which if which[name]]
     columns = ["mesh", "remat", "accumulate", "memory", "analytic ms", *extra, "MFU (C)", "behind"]
@@ -147,12 +164,21 @@ def table(display: Display, cases: Sequence[Case]) -> None:
     display.table(columns, rows)
 
 
+def behind(case: Case, best: Case) -> float:
+    """By how much of its time a mesh is slower than the best: measured, compiled or analytic, whatever both have."""
+    if case.measured and best.measured:
+        return case.measured / best.measured - 1
+    if case.compiled and best.compiled:
+        return case.step / best.step - 1
+    return case.estimate.time.step / best.estimate.time.step - 1
+
+
 def runners_up(cases: Sequence[Case]) -> str:
     """How far the next ones are."""
-    if len(cases) < 2:
+    rest = [100 * behind(case, cases[0]) for case in cases[1:] if not case.refused]
+    if not rest:
         return "; nothing else fits."
-    behind = [100 * (case.step / cases[0].step - 1) for case in cases[1:]]
-    return f"; the next is {behind[0]:.1f}% behind, the last one shown {max(behind):.1f}%."
+    return f"; the next is {rest[0]:.1f}% behind, the last one shown {max(rest):.1f}%."
 
 
 def scale(run: Run, counts: Sequence[int], display: Display) -> dict:

@@ -4,30 +4,13 @@ import collections
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import jax
-
-from llmjax import mesh as meshes
 from llmjax.errors import DATA, IO, Refused
-from llmjax.mesh import Axes
-from llmjax.plan.collectives import SCALAR, Collective, collectives
 from llmjax.plan.compiled import Report
 from llmjax.run import Run
-from llmjax.train.program import make
 
-# What tells a module from the traced operation a collective comes from; the first that is found counts.
-MODULES = (
-    ("attention", r"/attention/|ring\.py"),
-    ("mlp", r"/mlp/|/experts/|moe\.py"),
-    ("head", r"BTD,VD->BTV|BTV,VD->BTD|BTD,BTV->VD"),
-    ("embedding", r"/gather|/scatter-add"),
-    ("loss", r"loss\.py"),
-    ("pipeline", r"pipeline\.py"),
-    ("norm", r"/block/"),
-    ("optimizer", r"optax|optim|step\.py"),
-)
+SMALL = 512  # bytes of one collective up to which it is a sum of single numbers, which XLA joins as it likes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +25,7 @@ class Term:
     bytes: int
     "Payload in a step."
     sources: tuple[str, ...] = ()
-    "The traced operations, most bytes first; not kept in the file."
+    "The traced operations; not kept in the file."
 
     @property
     def key(self) -> tuple[str, tuple[str, ...], str]:
@@ -63,64 +46,25 @@ class Contract:
     "What was compiled, for a reader."
 
 
-def of(found: Iterable[Collective], memory: dict[str, int], about: dict[str, str] | None = None) -> Contract:
-    """The contract that a program with these collectives fulfils to the byte. Sums of single numbers are left out."""
+def of(report: Report, run: Run) -> Contract:
+    """The contract that a compiled step keeps to the byte. Sums of single numbers are left out."""
     groups = collections.defaultdict(list)
-    for x in found:
-        if size := x.count * sum(array.bytes for array in x.arrays if array.bytes > SCALAR):
-            groups[x.kind, x.axes, module(x.source)].append((size, x.count, short(x.source)))
+    for row in report.rows:
+        if row.bytes > SMALL * row.count:
+            groups[row.kind, row.axes, row.module].append(row)
     terms = []
-    for (kind, axes, name), those in sorted(groups.items()):
-        sizes, counts, sources = zip(*sorted(those, reverse=True), strict=True)
-        terms.append(Term(kind, axes, name, sum(counts), sum(sizes), tuple(dict.fromkeys(sources))))
-    return Contract(tuple(terms), memory, about or {})
-
-
-def module(source: str) -> str:
-    """The parts of the model that an operation belongs to, joined by + where XLA combined several."""
-    combined = re.search(r"\((.*:.*)\)", source.partition(" at ")[0])
-    around = source.replace(combined[0], "") if combined else source
-    parts = [f"{around.partition(' at ')[0]}/{part}" for part in combined[1].split(":")] if combined else [source]
-    found = [next((name for name, words in MODULES if re.search(words, part)), "") for part in parts]
-    known = {name for name in found if name}
-    return "+".join(sorted(known - {"norm"} or known)) or "other"
+    for key, rows in sorted(groups.items()):
+        sources = tuple(dict.fromkeys(short(source) for row in rows for source in row.sources))
+        terms.append(Term(*key, sum(row.count for row in rows), sum(row.bytes for row in rows), sources))
+    memory = dict(arguments=report.memory.arguments, temporaries=report.memory.temporaries)
+    about = dict(experiment=run.name, mesh=run.mesh.name, layout=run.layout.name, compiler=report.compiler)
+    return Contract(tuple(terms), memory, about)
 
 
 def short(source: str, length: int = 160) -> str:
     """A source without the folders in front of a file of this trainer."""
     shown = re.sub(r" at \S*?((?:llmjax|site-packages)/)", r" at \1", source)
     return shown if len(shown) <= length else f"{shown[: length // 2]} ... {shown[-length // 2 :]}"
-
-
-def emulated(run: Run, sizes: Axes, devices: Sequence[jax.Device]) -> Contract:
-    """The contract of a run's step compiled for devices that this machine has or emulates."""
-    program = make(run, meshes.device_mesh(sizes, list(devices), run.mesh.slices), run.mesh.chip)
-    with program.context():
-        step = program.step.lower(program.abstract_state(), program.abstract_batch()).compile()
-    held = step.memory_analysis()
-    memory = dict(
-        arguments=held.argument_size_in_bytes, temporaries=held.temp_size_in_bytes,
-        results=held.output_size_in_bytes - held.alias_size_in_bytes,
-    )  # fmt: skip
-    return of(collectives(step, program.mesh), memory, about(run))
-
-
-def of_report(report: Report, run: Run) -> Contract:
-    """The contract of a step that was compiled for devices this machine does not have."""
-    groups = collections.defaultdict(list)
-    for row in report.communication:
-        groups[row.kind, row.axes, row.module].append(row)
-    terms = [
-        Term(*key, sum(int(row.count) for row in rows), sum(int(row.bytes) for row in rows))
-        for key, rows in sorted(groups.items())
-    ]
-    memory = {field.name: int(getattr(report.memory, field.name)) for field in dataclasses.fields(report.memory)}
-    return Contract(tuple(terms), memory, about(run))
-
-
-def about(run: Run) -> dict[str, str]:
-    """What was compiled, and with what."""
-    return dict(experiment=run.name, mesh=run.mesh.name, layout=run.layout.name, jax=jax.__version__)
 
 
 def write(path: Path, contract: Contract) -> None:

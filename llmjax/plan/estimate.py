@@ -153,19 +153,21 @@ def _seconds(message: Message, estimate: Estimate) -> float:
 
 def network(cluster: Cluster, sizes: Axes, axes: Sequence[str]) -> str:
     """The slowest network that groups over these axes speak over."""
-    across = links.span(cluster, sizes, axes).outside > 1
-    if cluster.chip.platform == "cpu":
-        return "memory"
-    fast, slow = ("ICI", "DCN") if cluster.chip.platform == "tpu" else ("NVLink", "network")
-    return slow if across else fast
+    return network_name(cluster.chip.platform, links.span(cluster, sizes, axes).outside > 1)
+
+
+def network_name(platform: str, outside: bool) -> str:
+    """What the network inside a slice or node is called, or the one between them."""
+    fast, slow = dict(tpu=("ICI", "DCN"), gpu=("NVLink", "network")).get(platform, ("memory", "memory"))
+    return slow if outside else fast
 
 
 def trusted(chip: Chip, compiled: bool) -> tuple[str, str]:
     """(which model of time is trusted for this chip: analytic or compiled, why)."""
     if chip.platform == "cpu":
         return "analytic", "as it rests on a measurement of this machine"
+    if chip.platform == "gpu":
+        return "analytic", "as the compiler, without the GPU, tells memory and messages but no time"
     if not compiled:
         return "analytic", "as nothing was compiled"
-    if chip.platform == "gpu":
-        return "analytic", "as a GPU's compiler tells memory and messages but no time without the GPU"
     return "compiled", "as the TPU's compiler knows its own schedule"

@@ -21,6 +21,7 @@ from llmjax.mesh import Axes, Cluster
 from llmjax.plan import memory
 from llmjax.plan.estimate import Estimate, estimate, fits, plannable, timed
 from llmjax.run import Run
+from llmjax.train.display import memory as shown
 from llmjax.train.program import microbatches
 
 REMATS = ("none", "dots", "full")
@@ -104,9 +105,11 @@ def settle(candidate: Run) -> Estimate | None:
     if candidate.mesh.chip.platform == "cpu":
         found = estimate(candidate, candidate.axes)
         return found if found.fits else None
-    found = []
+    found, steps = [], accumulations(candidate)
+    if not fits(least(candidate), candidate):
+        return None
     for remat in REMATS:
-        for accumulate in accumulations(candidate):
+        for accumulate in steps:
             run = dataclasses.replace(candidate, remat=remat, accumulate=accumulate)
             if not fits(memory.predict(run, run.axes, accumulate).total, run):
                 continue
@@ -180,14 +183,14 @@ def _cuts(cluster: Cluster) -> Iterator[Axes]:
                 yield Axes(cluster.slices, stage, inside // (tensor * stage * context), 1, context, tensor)
 
 
+def least(candidate: Run) -> float:
+    """The bytes of a device with everything computed again and one row at a time."""
+    run = dataclasses.replace(candidate, remat="full", accumulate=accumulations(candidate)[-1])
+    return memory.predict(run, run.axes, run.accumulate).total
+
+
 def too_large(run: Run, cluster: Cluster) -> str:
     """What the smallest mesh would need, where none fits."""
-    from llmjax.train.display import memory as shown
-
-    def least(candidate: Run) -> float:
-        run = dataclasses.replace(candidate, remat="full", accumulate=accumulations(candidate)[-1])
-        return memory.predict(run, run.axes, run.accumulate).total
-
     smallest = min(map(least, candidates(run, cluster)))
     return (
         f"mesh is {cluster.name}, where {run.name} needs at least {shown(smallest)} of a device's "

@@ -3,18 +3,14 @@
 import dataclasses
 import functools
 import importlib
-import itertools
 import math
 from pathlib import Path
 
 from llmjax.errors import IO, Refused, did_you_mean
 from llmjax.mesh import Chip, Cluster
+from llmjax.plan import topology
 
 CORES = {"TPU 7x": 2}  # JAX devices of a chip where it is more than one
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # v5e, v6e: cloud.google.com/tpu/docs/v6e
-# Of the 3-D pods, cloud.google.com/tpu/docs: up to 64 chips these, beyond that multiples of 4 up to the pod's sides.
-SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
-PODS = {"TPU v4": (12, 16, 16), "TPU v5p": (16, 16, 24), "TPU 7x": (16, 16, 36)}
 NODES = 8192  # GPUs up to which a cluster is taken to exist
 
 
@@ -55,14 +51,9 @@ def cluster(kind: str, count: int, slices: int = 0) -> Cluster:
 
 @functools.cache
 def topologies(name: str) -> dict[int, str]:
-    """The topologies of one slice by its chips; of several with as many, the most cubic."""
-    if name not in PODS:
-        return {math.prod(map(int, shape.split("x"))): shape for shape in FLAT}
-    sides = [range(4, side + 1, 4) for side in PODS[name]]
-    large = [sorted(shape) for shape in itertools.product(*sides)]
-    found = {math.prod(shape): shape for shape in sorted(large, key=lambda shape: -max(shape))}
-    small = {math.prod(map(int, shape.split("x"))): shape for shape in SMALL}
-    return dict(sorted((small | {n: "x".join(map(str, shape)) for n, shape in found.items() if n > 64}).items()))
+    """The topologies of one slice of a TPU by its chips; of several with as many, the most cubic."""
+    shapes = sorted(topology.shapes(topology.COMPILER[name]), key=lambda shape: (math.prod(shape), -max(shape)))
+    return {math.prod(shape): "x".join(map(str, shape)) for shape in shapes}
 
 
 def write(path: Path, cluster: Cluster) -> None:

@@ -5,15 +5,12 @@ import importlib
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 from llmjax import layout as layouts
 from llmjax.errors import DATA, Refused
-from llmjax.plan import contract
-from llmjax.plan.collectives import Collective
-from llmjax.plan.contract import Contract
-from llmjax.plan.hlo import Array
+from llmjax.plan import compiled, contract
+from llmjax.plan.contract import Contract, Term
 from llmjax.train.program import resolve
 from meshes import cpu8
 
@@ -25,16 +22,18 @@ ON_CPU = [("stdlib_tiny", "fsdp_tp"), ("stdlib_tiny", "fsdp_tp_sp"), ("stdlib_mo
 def test_an_experiment_keeps_to_its_contract(experiment, layout):
     run = importlib.import_module(f"experiments.{experiment}").run
     run = dataclasses.replace(run, mesh=cpu8.cluster, layout=layouts.preset(layout), name=experiment)
-    made = contract.emulated(run, resolve(run, 8), jax.devices())
+    made = contract.of(compiled.report(run, resolve(run, 8)), run)
     assert len(made.terms) > 5
     assert contract.check(KEPT / f"{experiment}_cpu8_{layout}.json", made) == []
 
 
-def collective(kind="all-gather", axes=("fsdp",), numbers=1000, count=4, source="jit(train_step)/block/mlp/reshard"):
-    return Collective(kind, axes, 8, (Array("f32", (numbers,)),), count, source, "", "main")
+def sends(*terms: Term, arguments: int = 100) -> Contract:
+    return Contract(terms, {"arguments": arguments}, {"experiment": "x"})
 
 
-AGREED = contract.of([collective(), collective(axes=("tensor",), source="x/block/attention/y")], {"arguments": 100})
+GATHER = Term("all-gather", ("fsdp",), "mlp", 4, 16_000, ("jit(train_step)/block/mlp/reshard",))
+SUM = Term("all-reduce", ("data", "fsdp"), "attention", 4, 16_000, ("jit(train_step)/block/attention/dot",))
+AGREED = sends(GATHER)
 
 
 @pytest.fixture
@@ -50,52 +49,31 @@ def test_a_contract_is_read_as_it_was_written_without_sources(file):
 
 
 def test_a_message_that_was_not_agreed_is_named_with_module_axis_and_source(file):
-    source = "jit(train_step)/block/attention/dot at /home/me/llmjax/models/nn.py:74"
-    made = contract.of([collective(), collective("all-reduce", ("tensor",), source=source)], {"arguments": 100})
-    [departure] = contract.check(file, made)
+    [departure] = contract.check(file, sends(GATHER, SUM))
     assert departure == (
-        "all-reduce over tensor for attention: 4 runs of 16,000 bytes in a step are new; "
-        "from jit(train_step)/block/attention/dot at llmjax/models/nn.py:74"
+        "all-reduce over data x fsdp for attention: 4 runs of 16,000 bytes in a step are new; "
+        "from jit(train_step)/block/attention/dot"
     )
 
 
 def test_more_bytes_than_the_tolerance_are_a_departure_and_fewer_are_none(file):
-    def sends(numbers):
-        return contract.of([collective(numbers=numbers)], {"arguments": 100})
+    def gathers(size):
+        return sends(dataclasses.replace(GATHER, bytes=size))
 
-    assert contract.check(file, sends(1050), 0.05) == []
-    assert contract.check(file, sends(500), 0.05) == []
-    [departure] = contract.check(file, sends(1060), 0.05)
+    assert contract.check(file, gathers(16_800), 0.05) == []
+    assert contract.check(file, gathers(8_000), 0.05) == [] == contract.check(file, sends())
+    [departure] = contract.check(file, gathers(16_960), 0.05)
     assert departure.startswith("all-gather over fsdp for mlp: 16,960 bytes in a step, 6% more than 16,000; from jit")
 
 
 def test_more_memory_is_a_departure(file):
-    [departure] = contract.check(file, dataclasses.replace(AGREED, memory={"arguments": 120, "unknown": 9}), 0.1)
+    [departure] = contract.check(file, sends(GATHER, arguments=120), 0.1)
     assert departure == "memory for arguments: 120 bytes on a device, 20% more than 100"
 
 
-def test_sums_of_single_numbers_are_no_terms():
-    assert contract.of([collective(numbers=2)], {}).terms == ()
-
-
-@pytest.mark.parametrize(
-    ("source", "module"),
-    [
-        ("jit(train_step)/while/body/jvp()/block/attention/reshard at llmjax/models/nn.py:79", "attention"),
-        ("jit(train_step)/transpose(jvp())/block/mlp/experts/add", "mlp"),
-        (
-            "jit(train_step)/(reduce_sum:while/block/mlp/BTD,BTF->DF/dot:while/block/attention/dot) at x",
-            "attention+mlp",
-        ),
-        ("jit(train_step)/while/block/(mlp/BTD,BTF->DF/dot:reduce_sum) at x", "mlp"),
-        ("jit(train_step)/transpose(jvp(BTV,VD->BTD))/dot_general at llmjax/models/nn.py:74", "head"),
-        ("jit(train_step)/jvp()/reduce_max at llmjax/train/loss.py:51", "loss"),
-        ("jit(train_step)/reduce_sum at site-packages/optax/tree_utils/_tree_math.py:187", "optimizer"),
-        ("jit(train_step)/something", "other"),
-    ],
-)
-def test_an_operation_belongs_to_a_module(source, module):
-    assert contract.module(source) == module
+def test_a_source_is_told_without_the_folders_of_a_machine():
+    assert contract.short("jit(f)/dot at /home/me/llmjax/models/nn.py:74") == "jit(f)/dot at llmjax/models/nn.py:74"
+    assert len(contract.short("x" * 1000)) < 200
 
 
 @pytest.mark.parametrize(

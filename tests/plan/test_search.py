@@ -84,8 +84,8 @@ def odd():
 
 
 def test_where_nothing_fits_it_says_how_much_is_needed():
-    with pytest.raises(Refused, match=r"mesh is h100x8, where big needs at least \S+ \wiB of a device's 74.5 GiB"):
-        search.ranked(dataclasses.replace(run_of("llama31_405b_v5p_512"), name="big"), h100x8.cluster)
+    with pytest.raises(Refused, match=r"mesh is h100x2, where big needs at least \S+ \wiB of a device's 74.5 GiB"):
+        search.ranked(dataclasses.replace(run_of("llama31_405b_v5p_512"), name="big"), slices.cluster("h100", 2))
 
 
 def test_a_pipeline_is_tried_with_few_and_with_many_microbatches():
@@ -125,7 +125,7 @@ def test_chips_without_a_mesh_file_come_in_the_most_cubic_topology(kind, count, 
         ("v6e", 300, "chips is 300, which no TPU v6e topology has: give 256"),
         ("h100", 12, "chips is 12, but H100s come in nodes of 8: give 8 or 16"),
         ("v5", 64, "there is no chip named 'v5': did you mean v5"),
-        ("v5p", 0, "chips is 0, which no TPU v5p topology has: give 4"),
+        ("v5p", 0, "chips is 0, which no TPU v5p topology has: give 1"),
     ],
 )
 def test_a_number_of_chips_that_cannot_be_had_is_answered_with_the_near_ones(kind, count, words):
