@@ -43,8 +43,6 @@ class Options:
     "File that --write-contract made: exit with 1 if the step sends or holds more."
     tolerance: float = 0.05
     "By how much of itself each of a contract's sizes may grow."
-    published: str = ""
-    "Table of published runs to predict."
     measure: bool = False
     "Train a few steps on this machine, to see prediction beside measurement."
     price_per_chip_hour: float = 0
@@ -61,9 +59,10 @@ def plan(run: Run, processes: Processes, options: Options) -> int:
     """
     check(options)
     display = Display()
-    run = on_known_chips(run, processes, options, display)
+    run = on_known_chips(run, processes, options)
     if options.scale:
         return finish(plan_meshes.scale(run, options.scale, display), options)
+    calibrated(run, processes, display)
     if options.search:
         timed = measurer(run, processes) if options.measure else None
         found = plan_meshes.best_mesh(run, options, display, timed)
@@ -92,29 +91,32 @@ def check(options: Options) -> None:
         raise Refused(f"chip is '{options.chip}' and chips {options.chips}: give both, as in --chips 64 --chip v5p.")
 
 
-def on_known_chips(run: Run, processes: Processes, options: Options, display: Display) -> Run:
-    """The run on a mesh that says its chips: what this machine has where the mesh leaves that open.
-
-    Emulated devices are measured the first time.
-    """
+def on_known_chips(run: Run, processes: Processes, options: Options) -> Run:
+    """The run on a mesh that says its chips: what this machine has where the mesh leaves that open."""
     cluster = slices.cluster(options.chip, options.chips) if options.chip else run.mesh
     if cluster.chips is None or cluster.chip is None:
         devices = system.start(cluster, processes)
         cluster = dataclasses.replace(cluster, chips=len(devices), chip=meshes.chip_of(cluster, devices))
     run = dataclasses.replace(run, mesh=cluster)
     plannable(run)
+    return run
+
+
+def calibrated(run: Run, processes: Processes, display: Display) -> None:
+    """Measures what emulated devices reach here, the first time that a run on them is planned."""
+    cluster = run.mesh
     if cluster.chip.flops is None and not calibrate.file(Path(run.runs), cluster.chips).exists():
         display.say(f"Measuring what {cluster.chips} devices of {cluster.chip.name} reach here, half a minute ...")
         calibrate.store(calibrate.measure(system.start(cluster, processes)), Path(run.runs))
-    return run
 
 
 def one(run: Run, processes: Processes, options: Options, display: Display) -> int:
     """The plan of one run on one mesh."""
     found = estimate(run)
     type_check(found)
+    measure = measurer(run, processes) if options.measure else None
     report, why = compile_for(found, options)
-    measured = measurer(run, processes)(found) if options.measure else None
+    measured = measure(found) if measure else None
     plan_tables.show(display, found, report, measured, options.price_per_chip_hour)
     if why:
         display.say(f"\n{why}")

@@ -190,17 +190,12 @@ def scale(run: Run, counts: Sequence[int], display: Display) -> dict:
     kind = next((name for name, chip in slices.chips().items() if chip == run.mesh.chip), None)
     if kind is None:
         raise Refused(f"mesh is {run.mesh.name}, of which there are no larger ones: scale on a cluster's chips.")
+    grown = [larger(run, slices.cluster(kind, count)) for count in counts]
     display.say(f"llmjax plan {run.name}: {run.batch / run.mesh.chips:g} rows per device on more and more of them")
     rows, found = [], []
-    with contextlib.suppress(KeyboardInterrupt), progress(display, "searching", len(counts)) as advance:
-        for count in counts:
-            cluster = slices.cluster(kind, count)
-            batch = run.batch * cluster.chips / run.mesh.chips
-            if batch != round(batch):
-                raise Refused(f"scale is {count}, to which a batch of {run.batch} on {run.mesh.chips} devices does not "
-                              f"grow evenly: choose another batch.")  # fmt: skip
-            grown = dataclasses.replace(run, batch=round(batch), mesh=cluster)
-            found.append(search.ranked(grown, cluster, 1).best[0])
+    with contextlib.suppress(KeyboardInterrupt), progress(display, "searching", len(grown)) as advance:
+        for each in grown:
+            found.append(search.ranked(each, each.mesh, 1).best[0])
             advance(title(found[-1]))
     for each in found:
         of = f" in {each.run.mesh.slices} slices" if each.run.mesh.slices > 1 else ""
@@ -213,3 +208,14 @@ def scale(run: Run, counts: Sequence[int], display: Display) -> dict:
     display.say()
     display.table(columns, rows)
     return dict(scale=[facts(each) for each in found])
+
+
+def larger(run: Run, cluster: Cluster) -> Run:
+    """The run on another cluster, with as many rows for every device."""
+    batch = run.batch * cluster.chips / run.mesh.chips
+    if batch != round(batch):
+        raise Refused(
+            f"scale is {cluster.chips}, to which a batch of {run.batch} on {run.mesh.chips} devices does not grow "
+            f"evenly: choose another batch, or other numbers of chips."
+        )
+    return dataclasses.replace(run, batch=round(batch), mesh=cluster)
