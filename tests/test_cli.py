@@ -223,7 +223,7 @@ def test_help_tells_every_command_and_version_the_version(shell):
     assert shell("--version").out == f"{llmjax.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "bench"])
+@pytest.mark.parametrize("command", ["train", "bench", "plan"])
 def test_help_of_every_experiment_is_for_people(shell, command):
     for name in ("stdlib_tiny", "gpt2_124m_h200", "llama31_405b_v5p_512", "tutorial_mlp"):
         ended = shell(command, name, "--help")

@@ -15,7 +15,7 @@ from llmjax.errors import Refused
 from llmjax.mesh import Cluster
 from llmjax.plan import compiled, search, slices
 from llmjax.plan.compiled import Report
-from llmjax.plan.estimate import Estimate, trusted
+from llmjax.plan.estimate import Estimate, trusted, type_check
 from llmjax.run import Run
 from llmjax.train.display import Display, memory
 
@@ -78,6 +78,7 @@ def best_mesh(run: Run, options: Any, display: Display, measure: Measure | None)
     cases = in_order(cases)
     table(display, cases)
     winner = cases[0].estimate
+    type_check(winner)
     display.say(f"\nThe best: {cut(winner.sizes)}, layout {winner.run.layout.name}{runners_up(cases)}")
     display.say(f"\nNext:\n  {command(winner, run.axes)}")
     cluster = dataclasses.replace(run.mesh, tensor=winner.sizes.tensor)

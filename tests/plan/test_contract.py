@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from meshes import cpu8
 
 KEPT = Path(__file__).parent / "contracts"
 ON_CPU = [("stdlib_tiny", "fsdp_tp"), ("stdlib_tiny", "fsdp_tp_sp"), ("stdlib_moe", "fsdp_ep")]
+ON_TPU = ["llama3_8b_v5p_64"]
 
 
 @pytest.mark.parametrize(("experiment", "layout"), ON_CPU)
@@ -34,6 +36,15 @@ def sends(*terms: Term, arguments: int = 100) -> Contract:
 GATHER = Term("all-gather", ("fsdp",), "mlp", 4, 16_000, ("jit(train_step)/block/mlp/reshard",))
 SUM = Term("all-reduce", ("data", "fsdp"), "attention", 4, 16_000, ("jit(train_step)/block/attention/dot",))
 AGREED = sends(GATHER)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="the TPU compiler is not installed")
+@pytest.mark.parametrize("experiment", ON_TPU)
+def test_an_experiment_keeps_to_its_contract_on_tpus(experiment):
+    run = importlib.import_module(f"experiments.{experiment}").run
+    made = contract.of(compiled.report(run, resolve(run, run.mesh.chips)), run)
+    assert contract.check(KEPT / f"{experiment}.json", made) == []
 
 
 @pytest.fixture
