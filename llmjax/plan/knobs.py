@@ -91,7 +91,10 @@ def _fewer_rows(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
 
 
 def _axes(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
-    """The same devices with other axes; those of data go first, then those of fsdp."""
+    """The same devices with other axes, which data has to give, or fsdp.
+
+    Where that leaves fewer devices to cut the batch, microbatches keep their rows and become more.
+    """
     kinds = (
         ("fsdp", layouts.fsdp, ("data",), "weights are gathered for every layer, over the faster network"),
         ("tensor", layouts.tp, ("data", "fsdp"), "activations are summed over the axis in every layer, unhidden"),
@@ -106,7 +109,7 @@ def _axes(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
                     sizes, **{axis: getattr(sizes, axis) * times, source: getattr(sizes, source) // times}
                 )
                 name = f"{axis} x{times} from {source}" + (f", {kind.name}" if axis == "context" else "")
-                yield _placed(name, costs, run, layout, moved, accumulate)
+                yield _placed(name, costs, run, layout, moved, accumulate * (1 if axis == "fsdp" else times))
     if sizes.tensor > 1 and "tensor" not in axes_of(run.layout.stream.get("T")):
         costs = "none: the same bytes travel, cut otherwise"
         yield _placed("sequence parallel", costs, run, _with(run.layout, layouts.sp), sizes, accumulate)
@@ -128,9 +131,12 @@ def _with(layout: Layout, kind: Layout) -> Layout:
 
 
 def _placed(name: str, costs: str, run: Run, layout: Layout, sizes: Axes, accumulate: int) -> Change:
+    """The run with this layout and these axes, and the flags for what differs."""
     flags = [f"--axes.{axis} {getattr(sizes, axis)}" for axis in AXES if axis in layout.axes()]
     flags += [f"--layout {layout.name}"] * (layout.name != run.layout.name)
-    return Change(name, " ".join(flags), costs, dataclasses.replace(run, layout=layout), sizes, accumulate)
+    flags += [f"--accumulate {accumulate}"] * (accumulate != run.accumulate)
+    changed = dataclasses.replace(run, layout=layout, accumulate=accumulate)
+    return Change(name, " ".join(flags), costs, changed, sizes, accumulate)
 
 
 def _pipeline(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:

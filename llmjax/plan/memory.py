@@ -16,6 +16,7 @@ from llmjax import mesh as meshes
 from llmjax.layout import axes_of
 from llmjax.mesh import AXES, Axes, Chip
 from llmjax.models import nn
+from llmjax.models.moe import SLACK
 from llmjax.models.pipeline import ticks
 from llmjax.models.shapes import LAYER, Matrix
 from llmjax.plan.work import cut, ways
@@ -67,12 +68,21 @@ class Habits:
     "Share of the layers' weights at rest that are cast once for all microbatches, ahead of the loop."
     slopes: float = 2
     "Gradients of a layer's largest weight that wait, whole, for the sum over devices."
+    ends: int = 1
+    "Of the gradients of the head and of the embedding, how many are whole at once before devices sum them."
+    ends_wait: bool = False
+    "Whether these wait for the layers' backward pass in any case, and not only where all devices cut D."
+    logits_wait: bool = False
+    "Whether the gradient of the logits waits for that, where the embedding is the head and both add to one gradient."
     sets: int = 3
     "Gradients of a whole stage in a pipeline: the sum so far, what is added, and the new sum."
 
 
-TPU = Habits(scores=6, scores_beside=4, hidden=4, hidden_beside=2, stream=3, logits=2, casts=0.7)
-HOST = Habits(scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0)  # CPU devices
+# CPU devices compute in float32; a TPU writes the logits in bfloat16 and never the exponentials.
+TPU = Habits(scores=6, scores_beside=4, hidden=4, hidden_beside=2, stream=3, logits=2, casts=0.7, logits_wait=True)
+HOST = Habits(
+    scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0, ends=2, ends_wait=True
+)
 
 
 def state(run: Run, sizes: Axes) -> tuple[int, int]:
@@ -123,8 +133,12 @@ class Part:
     "How many microbatches leave something for the backward pass."
     letters: dict[str, float]
     "Size of every letter in here."
-    experts: float
-    "Rows that experts multiply, per token; 0: none do."
+    hidden: float
+    "Feed-forwards that a token passes: 1, or as many as its experts' buffers have rows for it."
+    routed: float
+    "Those among them that it travels to."
+    copies: int
+    "Of what experts compute: a round that may be skipped keeps its own, its condition's, and what is computed again."
 
     @property
     def scores(self) -> float:
@@ -145,8 +159,11 @@ def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
     tokens = rows / parts * run.sequence
     inside, ring = ways(layout.inner.get("T"), sizes), ways(layout.inner.get("S"), sizes)
     local = {d: size / ways(layout.inner.get(d), sizes) for d, size in letters.items() if d not in "DE"}
-    routed = (m.share for m in run.model.matrices()["mlp"] if {*"EF"} <= {*m.dims})
-    met = max(routed, default=0.0) * letters.get("E", 0)
+    outward = [m for m in run.model.matrices()["mlp"] if m.dims.endswith("FD")]
+    met = sum(m.count * m.share * letters["E"] for m in outward if "E" in m.dims)
+    capacity = getattr(run.model, "capacity", 0)
+    rounds = bool(met) and not capacity and ways(layout.inner.get("E"), sizes) > 1
+    routed = met * (capacity or (SLACK if rounds else 1))
     return Part(
         tokens=tokens / inside,
         stream=tokens / ways(layout.stream.get("T"), sizes),
@@ -155,7 +172,9 @@ def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
         layers=layers,
         passes=passes,
         letters=local | {"D": letters["D"]},
-        experts=met * (getattr(run.model, "capacity", 0) or 1),
+        hidden=routed + sum(m.count for m in outward if "E" not in m.dims),
+        routed=routed,
+        copies=3 if rounds else 1,
     )
 
 
@@ -167,10 +186,10 @@ def saved(run: Run, one: Part) -> float:
     norms = one.stream * (4 * 4 * D)  # two norms keep their input and its normalised form in float32
     ends = 2 * one.tokens * D * one.number  # the norms' results, gathered
     heads = one.tokens * (K * (3 * H + 2 * G) * one.number + 4 * H)
-    rows = one.tokens * (one.experts or 1)
-    hidden = 6 * rows * F * one.number
-    routed = one.experts and rows * D * (one.number + 4)
-    return norms + ends + heads + hidden + routed
+    routed = 0 if one.copies > 1 else one.routed  # nothing is kept of a round
+    hidden = one.tokens * (one.hidden - one.routed + routed) * 6 * F * one.number
+    travelled = one.tokens * routed * D * (one.number + 4)
+    return norms + ends + heads + hidden + travelled
 
 
 def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) -> Memory:
@@ -188,12 +207,14 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
     kept = saved(run, one) * one.layers * one.passes
     several, stages = accumulate > 1, ways(run.layout.params.get("L"), sizes)
     if stages > 1:
-        gradients, passing = _stage(run, sizes, one, habits, accumulate, _head(sizes, one, platform))
+        gradients, passing = _stage(run, sizes, one, habits, accumulate)
     else:
-        ahead, head = _ahead(run, sizes, habits, bfloat16), _head(sizes, one, platform)
-        waits = 0 if several and platform == "tpu" else head
+        ahead = _ahead(run, sizes, habits, bfloat16)
+        waits = 0 if several and not habits.ends_wait else _ends(run, sizes, one, habits)
+        if habits.logits_wait and "embedding" not in run.model.matrices():
+            waits += one.tokens * one.letters["V"] * one.number
         in_layer = parameters * (2 if several else 1), _layer(run, sizes, one, habits) + ahead + waits
-        at_loss = parameters * (1 if several else 0), _loss(one, one.tokens, habits) + ahead + head
+        at_loss = parameters * (1 if several else 0), _loss(run, sizes, one, one.tokens, habits) + ahead
         gradients, passing = max(in_layer, at_loss, key=sum)
     if platform == "cpu":
         passing += (min(one.layers, program.UNROLLED) - 1) * _merged(run, sizes, one)
@@ -203,33 +224,33 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
 def _layer(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
     """The peak in the backward pass of one layer."""
     D, F = one.letters["D"], one.letters["F"]
-    rows = one.tokens * (one.experts or 1)
-    hidden, stream = rows * F * one.number, one.tokens * D * one.number
+    hidden, stream = one.tokens * one.hidden * F * one.number, one.tokens * D * one.number
     attention = habits.scores * one.scores + habits.hidden_beside * hidden
-    mlp = habits.scores_beside * one.scores + habits.hidden * hidden + (one.experts and 2 * rows * D * one.number)
+    mlp = habits.scores_beside * one.scores + one.copies * (habits.hidden * hidden + 2 * one.routed * stream)
     whole = max(_whole(run, sizes, m) / m.count for m in _matrices(run))
     return max(attention, mlp) + habits.stream * stream + 4 * habits.slopes * whole
 
 
-def _loss(one: Part, tokens: float, habits: Habits) -> float:
-    """The peak at the loss: logits, and the head gathered."""
+def _loss(run: Run, sizes: Axes, one: Part, tokens: float, habits: Habits) -> float:
+    """The peak at the loss: logits, the head gathered, and its gradient before devices sum it."""
     D, V = one.letters["D"], one.letters["V"]
-    return habits.logits * tokens * V + D * V * one.number
+    whole = habits.ends if ways(run.layout.params.get("D"), sizes) > 1 else 1
+    return habits.logits * tokens * V + D * V * (one.number + 4 * whole)
 
 
-def _head(sizes: Axes, one: Part, platform: str) -> float:
-    """The gradient of the head, where XLA sums it whole: on TPUs over all devices, else the embedding, too."""
-    whole = 4 * one.letters["D"] * one.letters["V"]
-    if platform != "tpu":
-        return 2 * whole if sizes.fsdp > 1 else 0
-    return whole if 1 < sizes.fsdp == math.prod(sizes.sizes()) else 0
+def _ends(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
+    """Gradients of head and embedding that wait, whole, for the backward pass of the layers to end."""
+    cuts = ways(run.layout.params.get("D"), sizes)
+    waits = cuts > 1 and (habits.ends_wait or cuts == math.prod(sizes.sizes()))
+    return 4 * habits.ends * one.letters["D"] * one.letters["V"] if waits else 0
 
 
-def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int, head: float) -> tuple[float, float]:
+def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int) -> tuple[float, float]:
     """(gradients, what comes and goes) of a pipeline's stage."""
     how, letters = run.pipeline, one.letters
     layers = run.model.layers / ways(run.layout.params.get("L"), sizes)
-    gathered = layers * sum(_whole(run, sizes, m) for m in _matrices(run))
+    where = "in_use" if how.gather_once else "at_rest"
+    gathered = layers * sum(cut(run.layout, m, dict(run.model.sizes()), sizes, where) for m in _matrices(run))
     ends = sum(_whole(run, sizes, m) for m in _matrices(run, ("embedding", "head")))
     stream = one.tokens * letters["D"] * one.number  # of one microbatch
     rows = run.batch // ways(run.layout.inner.get("B"), sizes) // accumulate
@@ -240,7 +261,7 @@ def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int, he
         tick = max(4 * gathered, inside) + habits.logits * one.tokens * letters["V"]
         return 4 * (2 * gathered + 2 * ends), kept + tick + one.number * (gathered + ends)
     ticking = 4 * (habits.sets - 1) * gathered, max(4 * gathered, inside)
-    losing = 0.0, _loss(one, one.tokens * parts, habits) + head
+    losing = 0.0, _loss(run, sizes, one, one.tokens * parts, habits)
     gradients, passing = max(ticking, losing, key=sum)
     return gradients, passing + one.number * gathered + 2 * stream * parts
 
@@ -249,9 +270,9 @@ def _merged(run: Run, sizes: Axes, one: Part) -> float:
     """What every further layer of an unrolled loop keeps: there XLA computes nothing twice, whatever `remat` says."""
     more = 4 * one.scores
     if run.remat == "none":
-        more -= one.tokens * (one.experts or 1) * one.letters["F"] * one.number
+        more -= one.tokens * one.hidden * one.letters["F"] * one.number
     else:
-        more += one.tokens * (4 * one.letters["F"] + one.letters["D"]) * one.number
+        more += one.tokens * (4 * one.hidden * one.letters["F"] + one.letters["D"]) * one.number
         more += 4 * sum(_whole(run, sizes, m) for m in _matrices(run))
     return more
 
