@@ -52,12 +52,13 @@ def attention(
     """
     place, (B, T, H, K), G = nn.how().layout.gathered, q_BTHK.shape, k_BTGK.shape[2]
     q_BTGRK = jnp.reshape(q_BTHK, (B, T, G, H // G, K), out_sharding=place("BTGRK"))
-    if nn.ring():
-        o_BTGRK = ring.attend(q_BTGRK, k_BTGK, v_BTGK, segments_BT)
-    else:  # every device sees all keys: no layout cuts the dim "_"
-        k_BSGK, v_BSGK = (jax.reshard(x, place("B_GK")) for x in (k_BTGK, v_BTGK))
-        segments = None if segments_BT is None else (segments_BT, jax.reshard(segments_BT, place("B_")))
-        o_BTGRK = _attend(q_BTGRK, k_BSGK, v_BSGK, segments)
+    with jax.named_scope("scores"):
+        if nn.ring():
+            o_BTGRK = ring.attend(q_BTGRK, k_BTGK, v_BTGK, segments_BT)
+        else:  # every device sees all keys: no layout cuts the dim "_"
+            k_BSGK, v_BSGK = (jax.reshard(x, place("B_GK")) for x in (k_BTGK, v_BTGK))
+            segments = None if segments_BT is None else (segments_BT, jax.reshard(segments_BT, place("B_")))
+            o_BTGRK = _attend(q_BTGRK, k_BSGK, v_BSGK, segments)
     return jnp.reshape(o_BTGRK, (B, T, H, K), out_sharding=place("BTHK"))
 
 

@@ -9,9 +9,9 @@ from llmjax.plan import hlo
 from llmjax.plan.hlo import Instruction, Module
 
 KEPT = 16  # buffers listed
-UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-INHERIT = frozenset("bitcast get-tuple-element tuple while opt-barrier copy-done async-done async-update "
-                    "all-gather-done all-reduce-done collective-permute-done dynamic-update-slice call".split())  # fmt: skip
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+INHERIT = {"bitcast", "get-tuple-element", "tuple", "while", "opt-barrier", "copy-done", "async-done", "async-update",
+           "all-gather-done", "all-reduce-done", "collective-permute-done", "dynamic-update-slice", "call"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Refusal:
     """What a compiler says when a program does not fit."""
 
     needed: int
-    "Bytes; 0 where it does not say."
+    "Bytes of temporaries, or of all; 0 where it does not say."
+    capacity: int
+    "Bytes that it may use; 0 where it does not say."
     sentence: str
     buffers: tuple[Buffer, ...]
 
@@ -52,14 +54,18 @@ def what(operation: str) -> str:
 
 def refusal(message: str) -> Refusal:
     """Reads a compiler's error. What is not understood becomes the sentence as it is, cut to one line."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (\w+)", message)
-    asked = re.search(r"(?:allocate|allocating) (\d+) ?(?:B\b|bytes)", message)
+    size = r"([\d.]+[KMGT]?)"
     found = tuple(_named(part) for part in re.split(r"\n\s*\d+\. Size: ", message)[1:])
-    if used:
-        needed = round(float(used[1]) * UNITS[used[2]])
-        sentence = f"the compiler needs {used[1]}{used[2]} of {used[3]}{used[4]} {used[5]}"
-        return Refusal(needed, sentence, found[:KEPT])
-    return Refusal(int(asked[1]) if asked else 0, message.strip().splitlines()[0][:300], found[:KEPT])
+    for pattern in (rf"Used {size} of {size} \w+", rf"\({size}\) exceeds available \w+ \({size}\)"):
+        if said := re.search(pattern, message):
+            needed, capacity = _bytes(said[1]), _bytes(said[2])
+            return Refusal(needed, capacity, f"the compiler needs {said[1]} of {said[2]} of memory", found[:KEPT])
+    asked = re.search(r"(?:allocate|allocating) (\d+) ?(?:B\b|bytes)", message)
+    return Refusal(int(asked[1]) if asked else 0, 0, message.strip().splitlines()[0][:300], found[:KEPT])
+
+
+def _bytes(text: str) -> int:
+    return round(float(text.rstrip("KMGT")) * UNITS[text.lstrip("0123456789.")])
 
 
 def _named(text: str) -> Buffer:
@@ -67,13 +73,14 @@ def _named(text: str) -> Buffer:
         found = re.search(pattern, text)
         return found[1] if found else ""
 
-    size = re.match(r"([\d.]+)([KMGTB]?)", text)
+    size = re.match(r"[\d.]+[KMGT]?", text)
     operation = field(r'op_name="([^"]*)"')
     line = field(r"source_line=(\d+)")
     source = field(r'source_file="([^"]*)"') + (f":{line}" if line else "")
     shape = field(r"Shape: ([a-z0-9]+\[[\d,]*\])")
-    size = round(float(size[1]) * UNITS[size[2]]) if size else 0
-    return Buffer(size, shape, 1, what(operation), operation or field(r"XLA label: (.*)"), source)
+    return Buffer(
+        _bytes(size[0]) if size else 0, shape, 1, what(operation), operation or field(r"XLA label: (.*)"), source
+    )
 
 
 def largest(module: Module, kept: int = KEPT) -> tuple[Buffer, ...]:
@@ -98,7 +105,6 @@ def _peak(module: Module, computation: str, done: dict[str, tuple[int, Live]]) -
     if computation in done:
         return done[computation]
     instructions = list(module.computations[computation].values())
-    beside = module.computations[computation]
     owners = _owners(module, computation)
     last: dict[str, int] = {}
     for i, x in enumerate(instructions):
@@ -110,12 +116,14 @@ def _peak(module: Module, computation: str, done: dict[str, tuple[int, Live]]) -
     entry = computation == module.entry
     live, now, best = {}, 0, (0, {})
     for i, x in enumerate(instructions):
-        if x.opcode == "parameter" and entry or owners.get(x.name) == (x.name,) and x.opcode not in INHERIT:
-            size = 0 if x.opcode == "parameter" and not entry else padded(x.type)
-            if size:
+        given = x.opcode == "parameter" and not entry
+        if owners.get(x.name) == (x.name,) and x.opcode not in INHERIT and not given:
+            size = padded(x.type) - sum(padded(kind) for kind in _shared(x, module.computations[computation]))
+            if size > 0:
+                last.setdefault(x.name, i)
                 if x.opcode == "parameter":
                     last[x.name] = len(instructions)  # nobody else may have an argument's memory
-                live[x.name] = size, shape_of(x), x.operation() or x.name, module.place(x)
+                live[x.name] = size, shape_of(x), hlo.origin(module, computation, x) or x.name, module.place(x)
                 now += size
         inner, more = 0, {}
         for name in _runs(x):
@@ -126,6 +134,14 @@ def _peak(module: Module, computation: str, done: dict[str, tuple[int, Live]]) -
             now -= live.pop(owner)[0]
     done[computation] = best
     return best
+
+
+def _shared(x: Instruction, beside: Mapping[str, Instruction]) -> tuple[str, ...]:
+    """Types of the operands that lie in a result as they are: of a start's all, of a fusion's those it says."""
+    numbers = re.findall(r"\((\d+), \{", x.attributes[: x.attributes.find("calls=")])
+    names = x.operands if x.opcode.endswith("-start") else [x.operands[int(n)] for n in numbers]
+    aliased = x.opcode.endswith("-start") or "output_to_operand_aliasing" in x.attributes
+    return tuple(beside[name].type for name in names if name in beside) if aliased else ()
 
 
 def _runs(x: Instruction) -> tuple[str, ...]:

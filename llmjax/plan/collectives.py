@@ -25,6 +25,13 @@ KINDS = (
 )
 SCALAR = 8  # bytes; arrays up to this size are sums of losses, weights and norms, told apart from payload
 
+_BETWEEN_SLICES = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+}
+
 Groups = tuple[tuple[int, ...], ...]
 Key = tuple[str, tuple[str, ...]]
 
@@ -77,7 +84,7 @@ class Collective:
 
 
 def collectives(
-    program: jax.stages.Compiled | str, mesh: Mesh | AbstractMesh, turns: int | None = None
+    program: jax.stages.Compiled | str, mesh: Mesh | AbstractMesh, turns: int | None = None, slices: int = 1
 ) -> list[Collective]:
     """Every collective of a compiled program, or of its HLO text, that sends anything.
 
@@ -87,10 +94,12 @@ def collectives(
     Raises:
       ValueError: such a loop holds a collective and `turns` is not given, or a line is not understood.
     """
-    return of_module(hlo.parse(program if isinstance(program, str) else program.as_text()), mesh, turns)
+    return of_module(hlo.parse(program if isinstance(program, str) else program.as_text()), mesh, turns, slices)
 
 
-def of_module(module: hlo.Module, mesh: Mesh | AbstractMesh, turns: int | None = None) -> list[Collective]:
+def of_module(
+    module: hlo.Module, mesh: Mesh | AbstractMesh, turns: int | None = None, slices: int = 1
+) -> list[Collective]:
     """`collectives` of a program that has been read."""
     found, seen = [], set()
     for ran in hlo.walk(module, turns):
@@ -98,7 +107,7 @@ def of_module(module: hlo.Module, mesh: Mesh | AbstractMesh, turns: int | None =
         if kind_of(x) is None or (part := _part(ran)) in seen:
             continue
         seen.add(part)
-        one = read(module, ran.computation, x, mesh)
+        one = read(module, ran.computation, x, mesh, slices)
         if one is None:
             continue
         if ran.count is None:
@@ -117,11 +126,21 @@ def _part(ran: hlo.Ran) -> tuple[str, ...]:
     return ran.computation, ran.instruction.name
 
 
-def read(module: hlo.Module, computation: str, x: Instruction, mesh: Mesh | AbstractMesh) -> Collective | None:
+def read(
+    module: hlo.Module, computation: str, x: Instruction, mesh: Mesh | AbstractMesh, slices: int = 1
+) -> Collective | None:
     """The collective that an instruction is, run once; None where nothing leaves a device.
 
-    An all-reduce of which only a part is kept, in a fusion of its own, is how a TPU writes a reduce-scatter.
+    An all-reduce of which only a part is kept, in a fusion of its own, is how a TPU writes a reduce-scatter. With
+    several slices the program is that of one, and the first mesh axis is cut over them.
     """
+    if rendezvous(x):
+        across = next(iter(mesh.shape))
+        arrays = hlo.arrays_of(x.type)[:1]
+        return Collective(kind_of(x), (across,), slices, arrays, 1, module.source(x), "between slices", computation)
+    if slices > 1:
+        first, *rest = mesh.shape.values()
+        mesh = AbstractMesh((first // slices, *rest), tuple(mesh.shape))
     kind, (groups, raw) = kind_of(x), _groups(x, mesh.size)
     ways = max(map(len, groups), default=mesh.size)
     if groups and not _moves(kind, groups):
@@ -179,10 +198,21 @@ def _sent(found: Iterable[Collective], key: Key) -> float:
 
 
 def kind_of(x: Instruction) -> str | None:
-    """One of KINDS, or None for anything else, the ends of asynchronous ones among them."""
+    """One of KINDS, or None for anything else, the ends of asynchronous ones among them.
+
+    Between TPU slices it is the host that communicates, and says as what.
+    """
+    if "is_host_transfer=true" in x.attributes:
+        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.attributes)
+        return _BETWEEN_SLICES.get(between[1], "send") if between and x.opcode == "send" else None
     kind = x.opcode.removesuffix("-start")
-    to_the_host = "is_host_transfer=true" in x.attributes
-    return kind if kind in KINDS and not to_the_host else None
+    return kind if kind in KINDS else None
+
+
+def rendezvous(x: Instruction) -> str | None:
+    """What the two ends of a transfer between slices have in common."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', x.attributes)
+    return found and found[1]
 
 
 def _payload(kind: str, x: Instruction, beside: dict[str, Instruction], ways: int) -> tuple[Array, ...]:

@@ -1,9 +1,11 @@
 """A run's own train step, compiled for a cluster that is not there, and what the compiler says of it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,9 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 from llmjax import mesh as meshes
 from llmjax.errors import Refused
 from llmjax.mesh import Axes, Chip, Cluster
-from llmjax.plan import buffers, hlo, schedule, topology
+from llmjax.plan import buffers, collectives, cost, hlo, links, schedule, topology
 from llmjax.plan.buffers import Buffer
-from llmjax.plan.schedule import Roofline, Row, Time
+from llmjax.plan.cost import Roofline
+from llmjax.plan.schedule import Row, Time
 from llmjax.plan.topology import NoCompiler
 from llmjax.run import Run, from_json, to_json
 from llmjax.train import program
@@ -47,14 +50,12 @@ class Memory:
     temporaries: int | None
     "Activations, gradients, gathered weights."
     code: int | None
+    peak: int | None
+    "Of a TPU: the most that is in use at once, which decides whether a program is refused; else None."
     total: int
-    "At the peak: arguments + outputs - aliased + temporaries + code, or what the compiler asks for when it refuses."
+    "The peak, or arguments + outputs - aliased + temporaries + code, or what the compiler asks for when it refuses."
     capacity: int | None
-    "Of the chip; None where it is not known."
-
-    @property
-    def fits(self) -> bool:
-        return self.capacity is None or self.total <= self.capacity
+    "Of the chip, or of it what the compiler says it may use when it refuses; None where it is not known."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Report:
     "Why there is no program, in a sentence, or nothing. Then only memory and buffers say anything."
     memory: Memory
     buffers: tuple[Buffer, ...]
-    "The largest that are live at the peak, or that the compiler names when it refuses."
+    "The largest that are live at the peak; where the compiler refuses, those it names or a roomier chip would hold."
     rows: tuple[Row, ...]
     "Communication, the longest first. On emulated devices nothing is hidden."
     time: Time | None
@@ -84,6 +85,12 @@ class Report:
     cached: bool = False
     "Whether the program was not compiled again."
 
+    @property
+    def fits(self) -> bool:
+        """What a TPU's compiler takes fits; of other chips the compiler knows nothing, so bytes are compared."""
+        within = self.memory.capacity is None or self.memory.total <= self.memory.capacity
+        return not self.refusal and (within or self.memory.peak is not None)
+
 
 def mesh(cluster: Cluster, sizes: Axes) -> Mesh:
     """A mesh to compile for. GPUs and CPUs are stood in for by emulated devices of this process.
@@ -94,26 +101,17 @@ def mesh(cluster: Cluster, sizes: Axes) -> Mesh:
     """
     if cluster.chip is not None and cluster.chip.platform == "tpu":
         return meshes.device_mesh(sizes, topology.devices(cluster), cluster.slices)
-    devices = _emulated(_product(sizes))
-    return meshes.device_mesh(sizes, devices, 1)
+    count = math.prod(sizes.sizes())
+    devices = _emulated(count)
+    if len(devices) < count:
+        raise Refused(f"{count} emulated devices are needed, but JAX started with {len(devices)}: start a new process.")
+    return meshes.device_mesh(sizes, devices)
 
 
 def _emulated(count: int) -> list[jax.Device]:
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX has started: what there is may be enough
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # JAX has started: what there is may be enough
-    devices = jax.devices("cpu")
-    if len(devices) < count:
-        raise Refused(f"{count} emulated devices are needed, but JAX started with {len(devices)}: start a new process.")
-    return devices[:count]
-
-
-def _product(sizes: Axes) -> int:
-    count = 1
-    for size in sizes.sizes():
-        count *= size
-    return count
+    return jax.devices("cpu")[:count]
 
 
 def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofline = lambda call: None) -> Report:
@@ -130,13 +128,14 @@ def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofli
     chip = run.mesh.chip
     if chip is None:
         raise Refused(f"mesh {run.mesh.name} leaves its chip open: choose a mesh with a known chip.")
-    if chip.platform != "tpu" and _started() and len(jax.devices("cpu")) < _product(sizes):
+    count = math.prod(sizes.sizes())
+    if chip.platform != "tpu" and len(_emulated(count)) < count:
         return _in_another_process(run, sizes, cache)
     made = program.make(run, mesh(run.mesh, sizes), chip)
     state = placed(made)
     with made.context():
         lowered = made.step.lower(state, made.abstract_batch())
-    file = cache / f"{_key(lowered.as_text(), run.mesh, sizes)}.json" if cache else None
+    file = cache / f"{_key(lowered.as_text(), run.mesh, sizes, roofline)}.json" if cache else None
     known = _cached(file) if file else None
     if known is not None:
         return dataclasses.replace(known, cached=True, seconds=time.perf_counter() - began)
@@ -145,12 +144,6 @@ def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofli
     if file:
         _store(file, found)
     return found
-
-
-def _started() -> bool:
-    from jax._src import xla_bridge  # no public name says it
-
-    return xla_bridge.backends_are_initialized()
 
 
 def placed(made: Program) -> program.steps.State:
@@ -174,28 +167,44 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
         axes=sizes, chip=chip.name, topology=made.run.mesh.topology, compiler=versions(made.run.mesh), seconds=0.0
     )
     try:
-        program = lowered.compile()
+        executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         said = buffers.refusal(str(error))
-        none = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code"))
-        memory = Memory(**held, **none, total=said.needed)
-        return Report(said.sentence, memory, said.buffers, (), None, {}, (), **about)
-    module = hlo.parse(program.as_text())
+        none = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code", "peak"))
+        held["capacity"] = said.capacity or held["capacity"]
+        total = said.needed + sum(held[name] for name in ("parameters", "optimizer", "batch"))
+        memory = Memory(**held, **none, total=total)
+        listed = said.buffers or (_largest_elsewhere(made.run, sizes) if chip.platform == "tpu" else ())
+        return Report(said.sentence, memory, listed, (), None, {}, (), **about)
+    module = hlo.parse(executable.as_text())
     read = schedule.read(module, made.mesh, made.run.mesh, sizes, roofline)
     return Report(
         refusal="",
-        memory=_memory(program, held),
+        memory=_memory(executable, held, chip.platform == "tpu"),
         buffers=buffers.largest(module),
         rows=read.rows,
-        time=read.time if schedule.clock(chip) else None,
+        time=read.time if cost.clock(chip) else None,
         unknown=read.unknown,
-        warnings=tuple(schedule.warnings(read.rows, sizes)),
+        warnings=tuple(schedule.warnings(read.rows)),
         **about,
     )
 
 
-def _memory(program: jax.stages.Compiled, held: dict) -> Memory:
-    stats = program.memory_analysis()
+def _largest_elsewhere(run: Run, sizes: Axes) -> tuple[Buffer, ...]:
+    """The largest buffers of a program that a chip has no room for: what a v5p, which has more, would hold."""
+    roomy = dataclasses.replace(run.mesh.chip, name="TPU v5p")
+    cluster = dataclasses.replace(run.mesh, chip=roomy, slices=1, topology="", chips=math.prod(sizes.sizes()))
+    try:
+        made = program.make(run, mesh(cluster, sizes), roomy)
+        with made.context():
+            text = made.step.lower(placed(made), made.abstract_batch()).compile().as_text()
+    except (Refused, jax.errors.JaxRuntimeError):
+        return ()
+    return buffers.largest(hlo.parse(text))
+
+
+def _memory(executable: jax.stages.Compiled, held: dict, on_tpu: bool) -> Memory:
+    stats = executable.memory_analysis()
     parts = dict(
         arguments=stats.argument_size_in_bytes,
         outputs=stats.output_size_in_bytes,
@@ -203,8 +212,9 @@ def _memory(program: jax.stages.Compiled, held: dict) -> Memory:
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-    total = sum(parts.values()) - 2 * parts["aliased"]
-    return Memory(**held, **parts, total=total)
+    peak = stats.peak_memory_in_bytes if on_tpu else None  # a CPU's counts no temporaries
+    total = peak or sum(parts.values()) - 2 * parts["aliased"]
+    return Memory(**held, **parts, peak=peak, total=total)
 
 
 def versions(cluster: Cluster) -> str:
@@ -213,11 +223,14 @@ def versions(cluster: Cluster) -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
-def _key(program: str, cluster: Cluster, sizes: Axes) -> str:
+def _key(traced: str, cluster: Cluster, sizes: Axes, roofline: Roofline) -> str:
     """Everything that decides a report: the program traced, the readers of what is compiled, the machine."""
-    readers = b"".join(Path(module.__file__).read_bytes() for module in (hlo, schedule, buffers, schedule.collectives))
-    what = json.dumps([FORMAT, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
-    return hashlib.sha256(b"\0".join((program.encode(), readers, what))).hexdigest()[:32]
+    readers = b"".join(
+        Path(module.__file__).read_bytes() for module in (hlo, schedule, buffers, collectives, cost, links)
+    )
+    kernels = f"{roofline.__module__}.{roofline.__qualname__}"
+    what = json.dumps([FORMAT, kernels, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
+    return hashlib.sha256(b"\0".join((traced.encode(), readers, what))).hexdigest()[:32]
 
 
 def _cached(file: Path) -> Report | None:
@@ -230,7 +243,7 @@ def _cached(file: Path) -> Report | None:
 
 
 def _store(file: Path, found: Report) -> None:
-    """Writes a report whole or not at all; a disk that is full costs the next plan its time, not this one its result."""
+    """Writes a report whole or not at all; a full disk costs the next plan its time, not this one its result."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False, encoding="utf-8") as out:
@@ -251,7 +264,7 @@ def _in_another_process(run: Run, sizes: Axes, cache: Path | None) -> Report:
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     if done.returncode:
-        raise RuntimeError(f"compiling for {_product(sizes)} emulated devices failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"compiling for {math.prod(sizes.sizes())} emulated devices failed: {done.stderr[-2000:]}")
     answer = json.loads(done.stdout.splitlines()[-1])
     if "refused" in answer:
         raise Refused(answer["refused"])

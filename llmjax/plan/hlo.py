@@ -172,6 +172,25 @@ def _frames(text: str) -> dict[str, str]:
     return {i: places.get(location[1], "") for i, location in frames if location}
 
 
+def origin(module: Module, computation: str, x: Instruction) -> str:
+    """The traced operation of an instruction, or where the compiler gives none, of what uses it or what it uses."""
+    if "/" in x.operation() or x.opcode == "parameter":
+        return x.operation()
+    beside: Mapping[str, Instruction] = module.computations[computation]
+    names, seen = [x.name], set()
+    for _ in range(4):  # a few hands further
+        users = [y for y in beside.values() if set(names) & set(y.operands) and y.name not in seen]
+        for y in users:
+            if "/" in y.operation() and y.opcode != "while":
+                return y.operation()
+        seen |= {y.name for y in users}
+        names = [y.name for y in users if y.opcode != "tuple"]
+    for name in x.operands:
+        if name in beside and "/" in beside[name].operation():
+            return beside[name].operation()
+    return ""
+
+
 def turns(module: Module, computation: str, loop: Instruction, known: Numbers) -> int | None:
     """How often a while loop's body runs; None where that depends on data.
 

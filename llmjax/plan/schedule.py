@@ -1,30 +1,19 @@
-"""Seconds of a step from a TPU program in the order in which it runs: what each fusion costs, what travels meanwhile."""
+"""Seconds of a step from a TPU program in the order in which it runs: what fusions cost and what travels meanwhile."""
 
 import collections
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from jax.sharding import AbstractMesh, Mesh
 
-from llmjax.mesh import Axes, Chip, Cluster
+from llmjax.mesh import Axes, Cluster
 from llmjax.plan import collectives, hlo, links
+from llmjax.plan.cost import Roofline, calls, clock, cost, part_of
 from llmjax.plan.hlo import Instruction, Module, Numbers
 
-# Cycles per second. A chip's peak is FLOP/cycle x clock. FLOP/cycle is 2 x side² x units: v4 and v5p 8 units of 128²,
-# v5e 4 of 128² (cloud.google.com/tpu/docs); with them the compiler's cycles of a large product are 75 to 95% of peak.
-FLOP_PER_CYCLE = {"TPU v4": 2 * 8 * 128**2, "TPU v5e": 2 * 4 * 128**2, "TPU v5p": 2 * 8 * 128**2,
-                  "TPU v6e": 2 * 4 * 256**2, "TPU 7x": 2 * 4 * 256**2}  # fmt: skip
-FREE = frozenset(
-    "parameter constant get-tuple-element tuple bitcast after-all opt-barrier partition-id replica-id domain "
-    "add-dependency copy-start copy-done slice-start slice-done dynamic-slice-start dynamic-slice-done "
-    "dynamic-update-slice-start dynamic-update-slice-done async-update".split()
-)  # copies between a chip's memories run beside everything else
-KNOWN_CALLS = frozenset("AllocateBuffer AssumeGatherIndicesInBound Sharding AsyncCollectiveStart "
-                        "AsyncCollectiveDone ConcatBitcast".split())  # fmt: skip
-SMALL = 1 << 16  # bytes below which something that the compiler gives no cycles for takes no time
-
-Roofline = Callable[[Instruction], float | None]
+HOLDERS = {"fusion", "call", "async-start", "call-start"}  # a call-start runs on a TPU's sparse core, beside the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +68,6 @@ class Schedule:
     "Operations whose cost is not known, with the times they run in a step."
 
 
-def clock(chip: Chip) -> float | None:
-    """Cycles per second of a TPU."""
-    per_cycle = FLOP_PER_CYCLE.get(chip.name)
-    return chip.flops / per_cycle if per_cycle and chip.flops else None
-
-
 @dataclasses.dataclass
 class _Sums:
     """What a reading has found so far, in a whole step."""
@@ -131,16 +114,27 @@ def read(
     reader = _Reader(module, mesh, cluster, sizes, roofline, _Sums())
     _run(reader, module.entry, {}, 1)
     sums = reader.sums
+    _within(sums)
     exposed: dict[str, float] = collections.defaultdict(float)
     rows = []
-    for (kind, axes, part), (count, size, seconds, sources) in sums.rows.items():
-        where = links.span(cluster, sizes, axes) if axes else None
-        network = "outside" if where and where.outside > 1 else "inside"
+    for (kind, axes, part), (count, size, seconds, sources, network) in sums.rows.items():
         waited = sums.exposed[kind, axes, part]
         exposed[" x ".join(axes) or "?"] += waited
         rows.append(Row(kind, axes, part, network, count, size, seconds, waited, tuple(sources[:4])))
     time = Time(*(float(sums.seconds[of]) for of in ("matmul", "attention", "memory", "other")), dict(exposed))
     return Schedule(time, tuple(sorted(rows, key=lambda row: -row.seconds)), dict(sums.unknown))
+
+
+def _within(sums: _Sums) -> None:
+    """Waiting for links is charged to the last of those in their queue: moves to the others what exceeds its time."""
+    for key, row in sums.rows.items():
+        over = sums.exposed[key] - row[2]
+        for other, another in sums.rows.items():
+            if over > 0 and other[1] == key[1] and (room := another[2] - sums.exposed[other]) > 0:
+                moved = min(over, room)
+                sums.exposed[other] += moved
+                sums.exposed[key] -= moved
+                over -= moved
 
 
 def _run(reader: _Reader, computation: str, known: Numbers, count: int) -> float:
@@ -161,35 +155,41 @@ def _instruction(reader: _Reader, computation: str, x: Instruction, known: Numbe
         at.now += often * _run(reader, body, inside, count * often)
     elif x.opcode == "conditional":
         at.now += max(_run(reader, name, {}, count) for name in x.called())
-    elif x.opcode in ("call", "async-start") and not _travels(reader.module, x):
+    elif x.opcode == "call-done" and x.operands[0] not in at.pending:
+        pass
+    elif x.opcode in ("call", "async-start") and not _travels(reader.module, computation, x):
         at.now += sum(_run(reader, name, {}, count) for name in x.called())
     elif (key := _ends(reader.module, computation, x)) is not None and key in at.pending:
         end, row, seconds = at.pending.pop(key)
         waited = min(max(0.0, end - at.now), seconds)
         at.now += waited
         reader.sums.exposed[row] += count * waited
-    elif found := _travels(reader.module, x):
-        _send(reader, x, *found, count, at)
+    elif found := _travels(reader.module, computation, x):
+        _send(reader, computation, x, *found, count, at)
     else:
-        part, seconds = _cost(reader, x, count)
-        reader.sums.seconds[part] += count * seconds
-        at.now += seconds
+        found = cost(reader.module, computation, x, reader.cluster.chip, reader.roofline)
+        reader.sums.seconds[found.part] += count * found.seconds
+        reader.sums.unknown.update({found.unknown: count} if found.unknown else {})
+        at.now += found.seconds
 
 
-def _send(reader: _Reader, x: Instruction, where: str, collective: Instruction, count: int, at: _Clock) -> None:
+def _send(
+    reader: _Reader, computation: str, x: Instruction, where: str, collective: Instruction, count: int, at: _Clock
+) -> None:
     """Counts a collective, which is waited for at once, or until its end if this is only its start."""
-    found = collectives.read(reader.module, where, collective, reader.mesh)
+    found = collectives.read(reader.module, where, collective, reader.mesh, reader.cluster.slices)
     if found is None:
         return
-    span = links.span(reader.cluster, reader.sizes, found.axes or _all(reader.sizes))
+    span = _span(reader, found.axes, collectives.rendezvous(collective) is not None)
     seconds = links.seconds(found.kind, found.bytes, span, reader.cluster)
-    part = part_of(origin(reader.module, where, collective) or origin(reader.module, _holder(reader, x), x))
+    part = part_of(hlo.origin(reader.module, where, collective) or hlo.origin(reader.module, computation, x))
     row = found.kind, found.axes, part
-    runs, size, total, sources = reader.sums.rows.get(row, (0, 0, 0.0, []))
+    runs, size, total, sources, network = reader.sums.rows.get(row, (0, 0, 0.0, [], ""))
+    network = "outside" if span.outside > 1 else network or "inside"
     source = found.source if "/" in found.source else reader.module.source(x)
     if source not in sources:
         sources = [*sources, source]
-    reader.sums.rows[row] = runs + count, size + count * found.bytes, total + count * seconds, sources
+    reader.sums.rows[row] = runs + count, size + count * found.bytes, total + count * seconds, sources, network
     beginning, before = max((at.now, row), at.free.get(found.axes, (0.0, row)), key=lambda one: one[0])
     at.free[found.axes] = beginning + seconds, row
     if _starts(reader.module, x):
@@ -204,135 +204,63 @@ def _send(reader: _Reader, x: Instruction, where: str, collective: Instruction, 
         at.now += cycles / rate
 
 
-def _all(sizes: Axes) -> tuple[str, ...]:
-    return tuple(name for name, size in vars(sizes).items() if size > 1)
-
-
-def _holder(reader: _Reader, x: Instruction) -> str:
-    return next((name for name, inside in reader.module.computations.items() if inside.get(x.name) is x), "")
+def _span(reader: _Reader, axes: tuple[str, ...], between: bool) -> links.Span:
+    """Where a group lies; everything that the hosts do not carry stays within a slice."""
+    cluster, sizes = reader.cluster, reader.sizes
+    if between:
+        return links.Span(1, cluster.slices)
+    if cluster.slices > 1:
+        sizes = dataclasses.replace(sizes, data=sizes.data // cluster.slices)
+        cluster = dataclasses.replace(cluster, slices=1, chips=math.prod(sizes.sizes()))
+    return links.span(cluster, sizes, axes or tuple(name for name, size in vars(sizes).items() if size > 1))
 
 
 def _key(x: Instruction, collective: Instruction) -> str:
     """What a start and its end have in common: the channel within a computation, or else the start's name."""
+    if between := collectives.rendezvous(collective):
+        return between
     chain = re.search(r'chain_id="(\d+)"', collective.attributes)
     channel = re.search(r"channel_id=(\d+)", collective.attributes)
     return f"chain {chain[1]} {channel[1]}" if chain and channel else x.name
 
 
-def _called_with(module: Module, x: Instruction, target: str) -> Instruction | None:
-    """The custom call of that name in what a fusion calls."""
-    if x.opcode != "fusion":
-        return None
-    inside = (y for name in x.called() for y in module.computations[name].values())
-    return next((y for y in inside if y.opcode == "custom-call" and y.target() == target), None)
-
-
 def _starts(module: Module, x: Instruction) -> bool:
-    return x.opcode.endswith("-start") or _called_with(module, x, "AsyncCollectiveStart") is not None
+    return x.opcode.endswith("-start") or x.opcode == "send" or calls(module, x, "AsyncCollectiveStart")
 
 
 def _ends(module: Module, computation: str, x: Instruction) -> str | None:
     """The key of the start that an instruction waits for."""
+    if x.opcode == "recv-done":
+        beside = module.computations[computation]
+        return collectives.rendezvous(beside[x.operands[0]]) if x.operands[0] in beside else None
     if x.opcode.endswith("-done"):
         return x.operands[0] if x.operands else None
-    if _called_with(module, x, "AsyncCollectiveDone"):
+    if calls(module, x, "AsyncCollectiveDone"):
         inside = (y for name in x.called() for y in module.computations[name].values())
         return next((_key(x, y) for y in inside if collectives.kind_of(y)), None)
     return None
 
 
-def _travels(module: Module, x: Instruction) -> tuple[str, Instruction] | None:
+def _travels(module: Module, computation: str, x: Instruction) -> tuple[str, Instruction] | None:
     """(computation, collective) that an instruction is or holds; None for a fusion that only runs beside one."""
     if collectives.kind_of(x):
-        return next(name for name, inside in module.computations.items() if inside.get(x.name) is x), x
-    if x.opcode not in ("fusion", "async-start", "call"):
+        return computation, x
+    if x.opcode not in HOLDERS:
         return None
     for name in x.called():
         for y in module.computations[name].values():
             beside = 'chain_id="' in y.attributes and not _starts(module, x)
-            if collectives.kind_of(y) and not beside:
-                return name, y
+            if not beside and (found := _travels(module, name, y)):
+                return found
     return None
 
 
-def _cost(reader: _Reader, x: Instruction, count: int) -> tuple[str, float]:
-    """(what it is, seconds) of an instruction that computes."""
-    rate, chip = clock(reader.cluster.chip), reader.cluster.chip
-    if x.opcode in FREE or rate is None:
-        return "other", 0.0
-    if x.opcode == "custom-call" and x.target() not in KNOWN_CALLS:
-        seconds = reader.roofline(x)
-        if seconds is None:
-            reader.sums.unknown[f"custom-call {x.target()}, {x.operation() or x.name}"] += count
-        return "other", seconds or 0.0
-    if x.opcode == "custom-call" or _called_with(reader.module, x, "AsyncCollectiveDone"):
-        return "other", 0.0
-    cycles = x.cycles()
-    if cycles is None:
-        size = _written(reader, x)
-        if size > SMALL:
-            reader.sums.unknown[f"{x.opcode} without cycles"] += count
-        return "memory", 2 * size / chip.bandwidth if size > SMALL else 0.0
-    operation = origin(reader.module, _holder(reader, x), x)
-    if "scores" in operation.split("/"):
-        return "attention", cycles / rate
-    return "matmul" if multiplies(reader.module, x) else "memory", cycles / rate
-
-
-def _written(reader: _Reader, x: Instruction) -> int:
-    """Bytes that an instruction writes; an update in place writes only what is new."""
-    if x.opcode == "dynamic-update-slice":
-        beside = reader.module.computations[_holder(reader, x)]
-        x = beside.get(x.operands[1], x)
-    return sum(array.bytes for array in x.arrays())
-
-
-def multiplies(module: Module, x: Instruction) -> bool:
-    """Whether an instruction holds a matrix product."""
-    if x.opcode in ("convolution", "dot"):
-        return True
-    inside = (y for name in x.called() if x.opcode == "fusion" for y in module.computations[name].values())
-    return any(multiplies(module, y) for y in inside)
-
-
-def origin(module: Module, computation: str, x: Instruction) -> str:
-    """The traced operation of an instruction, or where the compiler gives none, of what uses it or what it uses."""
-    if "/" in x.operation() or not computation:
-        return x.operation()
-    beside: Mapping[str, Instruction] = module.computations[computation]
-    names, seen = [x.name], set()
-    for _ in range(4):  # a few hands further
-        users = [y for y in beside.values() if set(names) & set(y.operands) and y.name not in seen]
-        for y in users:
-            if "/" in y.operation() and y.opcode != "while":
-                return y.operation()
-        seen |= {y.name for y in users}
-        names = [y.name for y in users if y.opcode != "tuple"]
-    for name in x.operands:
-        if name in beside and "/" in beside[name].operation():
-            return beside[name].operation()
-    return ""
-
-
-_PARTS = (("attention", r"\battention\b"), ("mlp", r"\bmlp\b"), ("block", r"\bblock\b"),
-          ("embedding", r"\bembedding\b"), ("head", r"jvp"))  # fmt: skip
-
-
-def part_of(operation: str) -> str:
-    """The part of the model that a traced operation belongs to, by the scopes that models name."""
-    for part, pattern in _PARTS:
-        if re.search(pattern, operation):
-            return part
-    return "optimizer" if operation.startswith("jit(") and "/while" not in operation else "other"
-
-
-def warnings(rows: Sequence[Row], sizes: Axes) -> Iterator[str]:
+def warnings(rows: Sequence[Row]) -> Iterator[str]:
     """What in a program's communication is worth a look, a sentence each."""
     for row in rows:
-        at_once = [axis for axis in row.axes if axis == "fsdp"]
-        if row.kind == "all-reduce" and at_once and row.module in ("attention", "mlp", "block", "head", "embedding"):
-            if row.bytes / max(row.count, 1) > SMALL * 16:
-                yield (
-                    f"{row.count} all-reduces of {row.bytes / row.count / 1e6:.1f} MB over {' x '.join(row.axes)} in "
-                    f"{row.module}, where an all-gather or a reduce-scatter would send half as much."
-                )
+        each = row.bytes / max(row.count, 1)
+        if row.kind == "all-reduce" and "fsdp" in row.axes and row.module != "optimizer" and each > 1e6:
+            yield (
+                f"{row.count} all-reduces of {each / 1e6:.1f} MB over {' x '.join(row.axes)} in {row.module}, where "
+                f"gathers or scatters would send half as much."
+            )
