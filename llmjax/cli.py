@@ -22,6 +22,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
   llmjax launch --processes N --devices D train … the same command on N processes of this machine
   llmjax parity [EXPERIMENT] [--layouts …]        show that every layout gives the same numbers (default: stdlib_tiny)
+  llmjax plan [EXPERIMENT] [--mesh NAME] ...      foresee memory, messages and speed on any cluster
   llmjax bench [EXPERIMENT] [--field value ...]   measure the speed of training here (default: bench_small)
   llmjax experiments                              list experiments
   llmjax meshes                                   list meshes
@@ -30,7 +31,7 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "generate", "launch", "parity", "bench", "experiments", "meshes")
+COMMANDS = ("train", "generate", "launch", "parity", "plan", "bench", "experiments", "meshes")
 LAUNCHED = ("train", "parity", "bench")  # what several processes can do together
 
 
@@ -93,6 +94,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _train(*_experiment(arguments, "stdlib_tiny"))
         case "parity":
             return _parity(*_experiment(arguments, "stdlib_tiny"))
+        case "plan":
+            return _plan(*_experiment(arguments, "stdlib_tiny"))
         case "bench":
             return _bench(*_experiment(arguments, "bench_small"))
         case "generate":
@@ -193,6 +196,13 @@ def _bench(run: "Run", arguments: list[str]) -> int:
 
     about = f"Times the train step of {run.name} on random tokens; writes nothing but --json."
     return bench(*_with_options(run, Timing(), arguments, "bench", about))
+
+
+def _plan(run: "Run", arguments: list[str]) -> int:
+    from llmjax.commands.plan import Options, plan
+
+    about = f"Foresees whether {run.name} fits a cluster, what it sends, how fast it is, and which mesh is best."
+    return plan(*_with_options(run, Options(), arguments, "plan", about))
 
 
 def _parity(run: "Run", arguments: list[str]) -> int:

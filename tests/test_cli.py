@@ -78,6 +78,22 @@ def refused(ended: Ended, code: int, *words: str) -> str:
         ("launch train --processes 0", "launch got 0 processes of 4 devices: give at least one of each"),
         ("bench tutorial_mlp", "tutorial_mlp is no language model: bench one of the others"),
         ("bench --repeats 0", "warmup is 3 and repeats 0: give at least 0 and 1"),
+        ("plan llama3_8b_v5p_6", "there is no experiment named 'llama3_8b_v5p_6': did you mean llama3_8b_v5p_64?"),
+        ("plan tutorial_mlp", "tutorial_mlp is no language model: plan one of the others"),
+        ("plan --chips 63 --chip v5p", "chips is 63, which no TPU v5p topology has: give 32 or 64."),
+        ("plan --chips 12 --chip h100", "chips is 12, but H100s come in nodes of 8: give 8 or 16."),
+        ("plan --chips 64 --chip v7", "there is no chip named 'v7'"),
+        ("plan --chips 64", "chip is '' and chips 64: give both, as in --chips 64 --chip v5p."),
+        ("plan --tolerance -1", "tolerance is -1.0: give at least 0"),
+        ("plan --mesh v5p_64 --layout fsdp --axes.fsdp 3", "axes multiply to 3 (fsdp 3), but there are 64 devices"),
+        ("plan --mesh v5p_64 --search --batch 7 --sequence 255", "no mesh of 64 chips can be cut for stdlib_tiny"),
+        (
+            "plan --mesh v5p_64 --batch 64 --analytic --measure",
+            "mesh v5p_64 needs 64 devices and this machine has 8 cpu",
+        ),
+        ("plan llama3_8b_v5p_64 --scale 63", "chips is 63, which no TPU v5p topology has: give 32 or 64."),
+        ("plan --mesh cpu8 --scale 16", "mesh is cpu8, of which there are no larger ones"),
+        ("plan --mesh v5p_64 --analytic --write mine.txt", "write is mine.txt: name a Python file, such as meshes"),
         # impossible shapes, each before the tokenizer is trained
         ("train --mesh cpu8 --layout fsdp --axes.fsdp 3", "axes multiply to 3 (fsdp 3), but there are 8 devices"),
         ("train --mesh cpu8 --axes.tensor 2", "but the layout cuts nothing over 'tensor': set it to 1"),
@@ -149,6 +165,8 @@ def test_a_folder_that_cannot_take_the_run_is_refused_before_the_data_is_read(sh
     refused(shell("train"), 2, "stdlib_tiny cannot be written", "runs is a file", "choose another folder, --runs")
     refused(shell("launch", "train"), 74, "runs/.cache/logs cannot take the logs", "choose another folder, --logs")
     refused(shell("bench", "--json", "no/such.json"), 74, "json is no/such.json", "make it, or choose another file")
+    refused(shell("plan", "--json", "no/such.json"), 74, "json is no/such.json", "make it, or choose another file")
+    refused(shell("plan", "--write-contract", "no/x.json"), 74, "write_contract is no/x.json", "make it, or choose")
     assert everything_in(tmp_path) == {"runs": b"mine"}
 
 
@@ -205,7 +223,7 @@ def test_help_tells_every_command_and_version_the_version(shell):
     assert shell("--version").out == f"{llmjax.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "bench"])
+@pytest.mark.parametrize("command", ["train", "bench", "plan"])
 def test_help_of_every_experiment_is_for_people(shell, command):
     for name in ("stdlib_tiny", "gpt2_124m_h200", "llama31_405b_v5p_512", "tutorial_mlp"):
         ended = shell(command, name, "--help")

@@ -1,0 +1,194 @@
+"""What `llmjax plan` prints of one run on one mesh: fit, communication, time, and what to do next."""
+
+import dataclasses
+
+from llmjax.mesh import AXES, Axes
+from llmjax.plan import knobs
+from llmjax.plan.analytic import Time
+from llmjax.plan.compiled import Report
+from llmjax.plan.estimate import ROOM, Estimate, communication, mfu, network_name, trusted
+from llmjax.plan.memory import Memory
+from llmjax.plan.schedule import Time as Compiled
+from llmjax.run import Run, to_json
+from llmjax.train.display import Display, duration, memory
+
+ROWS = 16  # of a table of communication
+
+
+def show(display: Display, found: Estimate, report: Report | None, measured: float | None, price: float) -> None:
+    """All sections."""
+    header(display, found)
+    fit(display, found, report)
+    display.say()
+    sent(display, found, report)
+    display.say()
+    times(display, found, report)
+    display.say()
+    speed(display, found, report, measured, price)
+    display.say(following(found))
+
+
+def header(display: Display, found: Estimate) -> None:
+    """What is planned."""
+    run = found.run
+    slices = f", {run.mesh.slices} slices" if run.mesh.slices > 1 else ""
+    shape = f" of {run.mesh.topology}" if run.mesh.topology else ""
+    display.facts(
+        f"llmjax plan {run.name}",
+        {
+            "devices": f"{found.chips} x {run.mesh.chip.name}{slices}{shape}",
+            "mesh": f"{run.mesh.name}: {cut(found.sizes)}; layout {run.layout.name}{schedule(run, found.sizes)}",
+            "run": f"{run.steps:,} steps of {run.batch:,} rows of {run.sequence:,}",
+            "compute": f"accumulation {found.accumulate}, remat {run.remat}",
+        },
+    )
+
+
+def cut(sizes: Axes) -> str:
+    """The axes that cut something."""
+    return " x ".join(f"{a} {n}" for a, n in zip(AXES, sizes.sizes(), strict=True) if n > 1) or "one device"
+
+
+def schedule(run: Run, sizes: Axes) -> str:
+    """How a pipeline runs, where there is one."""
+    return f", {run.pipeline.schedule} of {run.pipeline.microbatches or 'two per stage'}" if sizes.stage > 1 else ""
+
+
+def fit(display: Display, found: Estimate, report: Report | None) -> None:
+    """Bytes of a device by class, against what its chip has, and what would free some where they do not fit."""
+    has, shown = found.run.mesh.chip.memory, {"analytic": classes(found.memory)}
+    if report:
+        names = ("parameters", "optimizer", "temporaries", "total")
+        shown["compiled"] = {name: getattr(report.memory, name) or 0 for name in names}
+    rows = [
+        [name, *(memory(held[name]) if held.get(name) else "" for held in shown.values())]
+        for name in classes(found.memory)
+    ]
+    display.say()
+    display.table(["Memory of a device", *shown], rows)
+    if not has:
+        return
+    fits = not report.refusal and report.memory.fits if report else found.fits
+    held = shown["compiled" if report else "analytic"]["total"]
+    display.say(f"It {'fits' if fits else 'does NOT fit'}: {memory(held)} of {memory(has)}, {100 * held / has:.0f}%.")
+    if not fits:
+        if report and report.refusal:
+            display.say(f"The compiler refuses it: {report.refusal}.")
+        relief(display, found, report)
+
+
+def relief(display: Display, found: Estimate, report: Report | None) -> None:
+    """The largest buffers, and the changes that free the most."""
+    if report and report.buffers:
+        names = [f"{buffer.count} x {buffer.shape}" for buffer in report.buffers[:8]]
+        said = [f"{memory(b.bytes)}, {b.what} {b.operation[-80:]} {b.source}" for b in report.buffers[:8]]
+        display.say()
+        display.facts("Largest buffers", dict(zip(names, said, strict=True)))
+    limit = ROOM * found.run.mesh.chip.memory
+    changes = knobs.ranked(found.run, found.sizes, found.accumulate, limit, found.run.mesh.chip)[:8]
+    if changes:
+        display.say()
+        display.facts(
+            "What would help",
+            {
+                k.name: f"frees {memory(k.frees)}{', then it fits' if k.fits else ''}: {k.change} ({k.costs})"
+                for k in changes
+            },
+        )
+
+
+def classes(held: Memory) -> dict[str, float]:
+    """Bytes by class, and all of them."""
+    return {field.name: getattr(held, field.name) for field in dataclasses.fields(held)} | {"total": held.total}
+
+
+def sent(display: Display, found: Estimate, report: Report | None) -> None:
+    """What a step communicates: what the compiler's program does, or what theory says."""
+    platform, compiled = found.run.mesh.chip.platform, report is not None and not report.refusal
+    cells = []
+    for r in report.rows if compiled else communication(found):
+        network = network_name(platform, r.network == "outside") if compiled else r.network
+        waited = ("none" if r.hidden else "all") if not compiled else milliseconds(r.exposed) if report.time else ""
+        cells.append([
+            f"{r.kind} over {' x '.join(r.axes) or '?'}", r.module, f"{r.count:,.0f}", memory(r.bytes), network,
+            milliseconds(r.seconds), waited,
+        ])  # fmt: skip
+    if not cells:
+        display.say("Communication: none.")
+        return
+    columns = ["Communication of a step", "for", "runs", "bytes", "network", "ms", "waited for"]
+    display.table(columns, cells[:ROWS])
+    if len(cells) > ROWS:
+        display.say(f"... and {len(cells) - ROWS} smaller ones, which --json has.")
+
+
+def times(display: Display, found: Estimate, report: Report | None) -> None:
+    """Where the time of a step goes, by each model, and which is trusted."""
+    shown = {"analytic": found.time} | ({"compiled": report.time} if report and report.time else {})
+    names = dict.fromkeys(name for time in shown.values() for name in parts(time))
+    rows = [[name, *(milliseconds(parts(time).get(name, 0)) for time in shown.values())] for name in names]
+    rows = [row for row in rows if set(row[1:]) != {"0.0"}]
+    display.table(["Time of a step, ms", *shown], [*rows, ["step", *(milliseconds(t.step) for t in shown.values())]])
+    which, why = trusted(found.run.mesh.chip, report is not None and report.time is not None)
+    display.say(f"Trusted: {which}, {why}.")
+
+
+def parts(time: Time | Compiled) -> dict[str, float]:
+    """The parts of a step by what a person calls them, in seconds."""
+    own = dict(matmul=time.matmul, attention=time.attention, memory=time.memory)
+    waits = {f"waiting over {axes}": seconds for axes, seconds in time.exposed.items()}
+    if isinstance(time, Compiled):
+        return own | {"kernels": time.other} | waits
+    return own | waits | {"pipeline bubble": time.bubble, "host and stragglers": time.host}
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f}"
+
+
+def speed(display: Display, found: Estimate, report: Report | None, measured: float | None, price: float) -> None:
+    """Speed and cost, by the trusted model."""
+    run = found.run
+    which, _ = trusted(run.mesh.chip, report is not None and report.time is not None)
+    step = (report if which == "compiled" else found).time.step
+    tokens, hours = run.batch * run.sequence, run.steps * step / 3600
+    rows = {"speed": f"{tokens / step:,.0f} tokens/s, {tokens / step / found.chips:,.0f} per device"}
+    if shares := mfu(run, found.chips, step):
+        rows["mfu"] = f"{100 * shares[0]:.1f}% with causal attention (C), {100 * shares[1]:.1f}% with all of it (F)"
+    cost = f", {hours * found.chips * price:,.0f} at {price:g} per chip-hour" if price else ""
+    rows["run"] = f"{run.steps:,} steps, {tokens * run.steps:.3g} tokens, in {duration(3600 * hours)}"
+    rows["cost"] = f"{hours * found.chips:,.0f} chip-hours{cost}"
+    if measured is not None:
+        off = 100 * (step / measured - 1)
+        rows["measured"] = f"{1e3 * measured:,.1f} ms/step here; predicted {1e3 * step:,.1f}, {off:+.0f}%"
+    display.facts("Speed", rows)
+
+
+def following(found: Estimate) -> str:
+    """What to do next."""
+    name = found.run.name
+    search = f"  llmjax plan {name} --mesh {found.run.mesh.name} --search"
+    return "\nNext:\n" + "\n".join([search, *([f"  {command(found, found.run.axes)}"] if found.fits else [])])
+
+
+def command(found: Estimate, given: Axes = Axes()) -> str:
+    """The command line that trains what was planned, where the experiment itself gives these axes."""
+    run = found.run
+    words = [f"llmjax train {run.name} --mesh {run.mesh.name} --layout {run.layout.name}"]
+    for axis, size, own in zip(AXES, found.sizes.sizes(), given.sizes(), strict=True):
+        words += [f"--axes.{axis} {size}"] if size > 1 or own else []
+    if found.sizes.stage > 1:
+        words += [f"--pipeline.schedule {run.pipeline.schedule} --pipeline.microbatches {run.pipeline.microbatches}"]
+    return " ".join([*words, f"--remat {run.remat} --accumulate {found.accumulate}"])
+
+
+def facts(found: Estimate, report: Report | None = None, measured: float | None = None) -> dict:
+    """The plan for machines."""
+    time = dataclasses.asdict(found.time) | {"step": found.time.step}
+    return dict(
+        run=to_json(found.run), axes=dataclasses.asdict(found.sizes), accumulate=found.accumulate, fits=found.fits,
+        memory=classes(found.memory) | {"total": found.memory.total}, seconds=time, mfu=found.mfu,
+        tokens_per_s=found.tokens_per_s, tokens_per_s_per_device=found.per_chip, hours=found.hours,
+        communication=[dataclasses.asdict(row) for row in communication(found)], command=command(found),
+        compiled=None if report is None else to_json(report), measured_step=measured,
+    )  # fmt: skip

@@ -1,0 +1,173 @@
+"""The plan of a run that needs no compiler: does it fit, where the time of a step goes, how fast it trains."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmjax import mesh as meshes
+from llmjax.checks import check
+from llmjax.errors import Refused
+from llmjax.mesh import Axes, Chip, Cluster
+from llmjax.plan import analytic, calibrate, links, memory, work
+from llmjax.plan.analytic import Time
+from llmjax.plan.memory import Memory
+from llmjax.plan.work import Message, Method, Work
+from llmjax.run import Run
+from llmjax.train.program import make, microbatches, resolve
+
+ROOM = 0.95  # of a chip's memory: the runtime and what is lost between buffers take the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a run will be on its mesh, by the analytic models of time and memory."""
+
+    run: Run
+    sizes: Axes
+    accumulate: int
+    work: Work
+    time: Time
+    memory: Memory
+
+    @property
+    def chips(self) -> int:
+        """JAX devices."""
+        return math.prod(self.sizes.sizes())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has the memory. True where its size is not known."""
+        return fits(self.memory.total, self.run)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all devices together."""
+        return self.work.tokens / self.time.step
+
+    @property
+    def per_chip(self) -> float:
+        """Tokens per second and device."""
+        return self.tokens_per_s / self.chips
+
+    @property
+    def mfu(self) -> tuple[float, float] | None:
+        """Model FLOPs per second over the devices' bfloat16 peak, counting attention (causal, full)."""
+        return mfu(self.run, self.chips, self.time.step)
+
+    @property
+    def hours(self) -> float:
+        """Of all the run's steps."""
+        return self.run.steps * self.time.step / 3600
+
+
+def estimate(run: Run, sizes: Axes | None = None, method: Method = Method()) -> Estimate:
+    """The analytic plan of a run on its mesh, or on axes of these sizes. Devices are neither used nor needed.
+
+    Raises:
+      Refused: the run's shapes cannot be cut so, its model does not say its sizes, or its chip has neither a known
+        peak nor a stored measurement.
+    """
+    plannable(run)
+    sizes = sizes or resolve(run, run.mesh.chips)
+    accumulate = run.accumulate or microbatches(run, sizes, run.mesh.chip)
+    check(run, sizes, accumulate)
+    done, time = timed(run, sizes, accumulate, method)
+    return Estimate(run, sizes, accumulate, done, time, memory.predict(run, sizes, accumulate))
+
+
+def timed(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> tuple[Work, Time]:
+    """(work of one device, time of a step) of a run that is known to be legal."""
+    if run.mesh.chip.flops is None:
+        done = work.count(run, sizes, accumulate, dataclasses.replace(method, fused=True))
+        return done, calibrate.predict(done, calibrate.stored(Path(run.runs), run.mesh.chips), sizes, run)
+    done = work.count(run, sizes, accumulate, method)
+    return done, analytic.predict(done, run.mesh, sizes)
+
+
+def plannable(run: Run) -> None:
+    """Refuses a run that says too little of itself to be planned."""
+    if not hasattr(run.model, "matrices"):
+        raise Refused(f"{run.name} is no language model: plan one of the others that `llmjax experiments` lists.")
+    if run.mesh.chip is None or run.mesh.chips is None:
+        raise Refused(f"mesh is {run.mesh.name}, whose chips are not known: give a mesh that names them, --mesh cpu8.")
+
+
+def type_check(estimate: Estimate) -> None:
+    """Traces the whole train step on the mesh as a type, so that a shape or sharding that cannot be fails here."""
+    run = dataclasses.replace(estimate.run, accumulate=estimate.accumulate)
+    make(run, meshes.abstract_mesh(estimate.sizes), run.mesh.chip).abstract_step()
+
+
+def fits(total: float, run: Run) -> bool:
+    """Whether so many bytes fit the memory of one of the run's chips."""
+    return not run.mesh.chip.memory or total <= ROOM * run.mesh.chip.memory
+
+
+def mfu(run: Run, chips: int, step: float) -> tuple[float, float] | None:
+    """MFU of steps of so many seconds, counting attention (causal, full); None where the chip's peak is not known."""
+    if not run.mesh.chip.flops:
+        return None
+    rate = run.batch * run.sequence / step / (chips * run.mesh.chip.flops)
+    causal, full = run.model.flops_per_token(run.sequence)
+    return causal * rate, full * rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a step sends of one kind, over some axes, for one module."""
+
+    kind: str
+    axes: tuple[str, ...]
+    module: str
+    count: float
+    "Collectives in a step."
+    bytes: float
+    "Payload in a step, as in `llmjax.plan.collectives`."
+    network: str
+    seconds: float
+    hidden: bool
+    "Whether compute goes on meanwhile."
+
+
+def communication(estimate: Estimate) -> list[Row]:
+    """The messages of a step by kind, axes and module, the longest first."""
+    sums: dict[tuple, list[float]] = {}
+    for message in estimate.work.messages:
+        key = (message.kind, message.axes, message.module, message.hidden)
+        count, size, time = sums.setdefault(key, [0.0, 0.0, 0.0])
+        sums[key] = [count + message.count, size + message.count * message.bytes, time + _seconds(message, estimate)]
+    rows = [
+        Row(kind, axes, module, count, size, network(estimate.run.mesh, estimate.sizes, axes), time, hidden)
+        for (kind, axes, module, hidden), (count, size, time) in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row.seconds)
+
+
+def _seconds(message: Message, estimate: Estimate) -> float:
+    run, sizes = estimate.run, estimate.sizes
+    if run.mesh.chip.flops is None:
+        return calibrate.seconds(message, calibrate.stored(Path(run.runs), run.mesh.chips), sizes, run)
+    return analytic.seconds(message, run.mesh, sizes)
+
+
+def network(cluster: Cluster, sizes: Axes, axes: Sequence[str]) -> str:
+    """The slowest network that groups over these axes speak over."""
+    return network_name(cluster.chip.platform, links.span(cluster, sizes, axes).outside > 1)
+
+
+def network_name(platform: str, outside: bool) -> str:
+    """What the network inside a slice or node is called, or the one between them."""
+    fast, slow = dict(tpu=("ICI", "DCN"), gpu=("NVLink", "network")).get(platform, ("memory", "memory"))
+    return slow if outside else fast
+
+
+def trusted(chip: Chip, compiled: bool) -> tuple[str, str]:
+    """(which model of time is trusted for this chip: analytic or compiled, why)."""
+    if chip.platform == "cpu":
+        return "analytic", "as it rests on a measurement of this machine"
+    if chip.platform == "gpu":
+        return "analytic", "as the compiler, without the GPU, tells memory and messages but no time"
+    if not compiled:
+        return "analytic", "as nothing was compiled"
+    return "compiled", "as the TPU's compiler knows its own schedule"
