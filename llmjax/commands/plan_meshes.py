@@ -52,7 +52,7 @@ class Case:
     @property
     def refused(self) -> bool:
         """Whether the compiler says that it does not fit."""
-        return self.report is not None and (bool(self.report.refusal) or not self.report.memory.fits)
+        return self.report is not None and not self.report.fits
 
 
 def best_mesh(run: Run, options: Any, display: Display, measure: Measure | None) -> Found:

@@ -57,9 +57,10 @@ def schedule(run: Run, sizes: Axes) -> str:
 def fit(display: Display, found: Estimate, report: Report | None) -> None:
     """Bytes of a device by class, against what its chip has, and what would free some where they do not fit."""
     has, shown = found.run.mesh.chip.memory, {"analytic": classes(found.memory)}
-    if report:
-        names = ("parameters", "optimizer", "temporaries", "total")
-        shown["compiled"] = {name: getattr(report.memory, name) or 0 for name in names}
+    if report:  # the compiler tells gradients, activations and what else comes and goes only together
+        held = dict(parameters=report.memory.parameters, optimizer=report.memory.optimizer)
+        rest = report.memory.total - sum(held.values())
+        shown["compiled"] = held | {"temporaries": rest, "total": report.memory.total}
     rows = [
         [name, *(memory(held[name]) if held.get(name) else "" for held in shown.values())]
         for name in classes(found.memory)
@@ -68,7 +69,7 @@ def fit(display: Display, found: Estimate, report: Report | None) -> None:
     display.table(["Memory of a device", *shown], rows)
     if not has:
         return
-    fits = not report.refusal and report.memory.fits if report else found.fits
+    fits = report.fits if report else found.fits
     held = shown["compiled" if report else "analytic"]["total"]
     display.say(f"It {'fits' if fits else 'does NOT fit'}: {memory(held)} of {memory(has)}, {100 * held / has:.0f}%.")
     if not fits:
@@ -120,6 +121,8 @@ def sent(display: Display, found: Estimate, report: Report | None) -> None:
     display.table(columns, cells[:ROWS])
     if len(cells) > ROWS:
         display.say(f"... and {len(cells) - ROWS} smaller ones, which --json has.")
+    for warning in report.warnings if compiled else ():
+        display.say(f"Look: {warning}")
 
 
 def times(display: Display, found: Estimate, report: Report | None) -> None:
@@ -131,6 +134,9 @@ def times(display: Display, found: Estimate, report: Report | None) -> None:
     display.table(["Time of a step, ms", *shown], [*rows, ["step", *(milliseconds(t.step) for t in shown.values())]])
     which, why = trusted(found.run.mesh.chip, report is not None and report.time is not None)
     display.say(f"Trusted: {which}, {why}.")
+    if report and report.unknown:
+        names = ", ".join(f"{name} ({times:,})" for name, times in list(report.unknown.items())[:6])
+        display.say(f"Of unknown cost, and so left out of the compiled time: {names}.")
 
 
 def parts(time: Time | Compiled) -> dict[str, float]:
