@@ -102,7 +102,7 @@ TPU_V5P = Chip(
     link=9e10,  # book-tpu: each of 3 axes
     torus=3,
     network=6.25e9,  # book-tpu
-    efficiency=Efficiency(matmul=0.86, attention=0.64, memory=0.8, overlap=0.56, doubling=0.014),  # fit: 10 rows
+    efficiency=Efficiency(matmul=0.86, attention=0.62, memory=0.8, overlap=0.51, doubling=0.009),  # fit: 10 rows
 )
 TPU_V6E = Chip(
     "TPU v6e",

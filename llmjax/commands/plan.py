@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmjax import mesh as meshes
 from llmjax import processes as system
-from llmjax.commands import bench, plan_meshes, plan_tables
+from llmjax.commands import bench, plan_meshes, plan_published, plan_tables
 from llmjax.errors import DONE, IO, UNEQUAL, Refused
 from llmjax.plan import calibrate, compiled, contract, slices
 from llmjax.plan.estimate import Estimate, estimate, plannable, type_check
@@ -43,6 +43,8 @@ class Options:
     "File that --write-contract made: exit with 1 if the step sends or holds more."
     tolerance: float = 0.05
     "By how much of itself each of a contract's sizes may grow."
+    published: str = ""
+    "Table of published runs (CSV) to predict instead: how far the analytic model can be trusted."
     measure: bool = False
     "Train a few steps on this machine, to see prediction beside measurement."
     price_per_chip_hour: float = 0
@@ -59,6 +61,8 @@ def plan(run: Run, processes: Processes, options: Options) -> int:
     """
     check(options)
     display = Display()
+    if options.published:
+        return finish(plan_published.show(options.published, display), options)
     run = on_known_chips(run, processes, options)
     if options.scale:
         return finish(plan_meshes.scale(run, options.scale, display), options)

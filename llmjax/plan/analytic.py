@@ -42,8 +42,9 @@ def predict(work: Work, cluster: Cluster, sizes: Axes) -> Time:
     chip, best = cluster.chip, cluster.chip.efficiency
     reads = work.weights / (chip.bandwidth * best.memory)
     matmul = max(sum(work.products.values()) / (chip.flops * best.matmul), reads)
-    attention = work.attention / (chip.flops * best.attention)
-    memory = sum(work.traffic.values()) / (chip.bandwidth * best.memory)
+    waits = {module: size / (chip.bandwidth * best.memory) for module, size in work.traffic.items()}
+    attention = work.attention / (chip.flops * best.attention) + waits.pop("scores", 0)
+    memory = sum(waits.values())
     compute = matmul + attention + memory
 
     times = [(message, seconds(message, cluster, sizes)) for message in work.messages]

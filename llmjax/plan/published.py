@@ -100,6 +100,8 @@ def read(path: str | Path, chips: Sequence[Chip]) -> tuple[list[Published], dict
             found.append(experiment(row, chips))
         except Refused as why:
             left_out[row["id"]] = str(why)
+    if not found:
+        raise Refused(f"{path} has no row that can be predicted; of the first: {next(iter(left_out.values()))}.", DATA)
     return found, left_out
 
 

@@ -115,12 +115,12 @@ def over(axes: Any, sizes: Axes) -> tuple[str, ...]:
 
 def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> Work:
     """The work of one device in a step of this run on axes of these sizes."""
-    layout, model = run.layout, run.model
+    layout, inner, model = run.layout, run.layout.inner, run.model
     letters, again = dict(model.sizes()), method.again or REMAT[run.remat]
     stages = ways(layout.params.get("L"), sizes)
     layers = model.layers / stages
-    tokens = run.batch * run.sequence / ways(layout.inner.get("B"), sizes) / ways(layout.inner.get("T"), sizes)
-    rows = run.batch // ways(layout.inner.get("B"), sizes) // accumulate
+    tokens = run.batch * run.sequence / ways(inner.get("B"), sizes) / ways(inner.get("T"), sizes)
+    rows = run.batch // ways(inner.get("B"), sizes) // accumulate
     parts = run.pipeline.parts(rows, stages) if stages > 1 else 1
 
     products = {}
@@ -129,15 +129,15 @@ def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
         repeated = sum(met) - (met[-1] if module == "mlp" and not again.last else 0)
         flops = 2 * tokens * (3 * sum(met) + again.of(module) * repeated) / method.faster
         products[module] = flops * (layers if module in LAYER else 1)
-    heads = letters["H"] / ways(layout.inner.get("H"), sizes)
-    square = tokens * run.sequence * method.window * heads * letters["K"] * layers
-    forward = 4 * square * (0.5 if method.fused else 1)
+    heads = letters["H"] / ways(inner.get("H"), sizes)
+    square = tokens * run.sequence * heads * layers * (0.5 if method.fused else _seen(ways(inner.get("S"), sizes)))
+    forward = 4 * square * method.window * letters["K"]
     attention = forward * (1 + 2.5 + again.scores)
 
     traffic = _traffic(run, sizes, tokens, layers, again, method)
     if not method.fused:  # scores are written, read for the maximum, read and written for the weights, read
         passes = 4 * (1 + again.scores) + 7
-        traffic["attention"] += tokens * run.sequence * heads * layers * passes * method.score_bytes
+        traffic["scores"] = square * passes * method.score_bytes
     own = _numbers(run, sizes, "at_rest")
     traffic["optimizer"] = own * method.state_bytes
     used = _numbers(run, sizes, "in_use")
@@ -206,7 +206,7 @@ def _messages(run: Run, sizes: Axes, accumulate: int, parts: int, tokens: float,
             used = {a for part in layout.in_use(m.dims) for a in axes_of(part)}
             gathered, whole = over(rest - used, sizes), cut(layout, m, letters, sizes, "in_use")
             if gathered:
-                gathers = method.gathers if m.share else 1
+                gathers = method.gathers if module in LAYER else 1  # the head's two uses are next to each other
                 yield Message("all-gather", gathered, module, 2 * whole, turns * gathers * often, True)
                 size = method.gradient_bytes * whole
                 yield Message("reduce-scatter", gathered, module, size, turns * often, True)
@@ -216,19 +216,14 @@ def _messages(run: Run, sizes: Axes, accumulate: int, parts: int, tokens: float,
                 yield Message("all-reduce", summed, module, size, turns, True)
 
     tensor = over(axes_of(inner.get("H")), sizes)
+    split = ways(layout.stream.get("T"), sizes) > ways(inner.get("T"), sizes)
     if tensor:  # partial sums of out and down, and of the gradients of what goes in
-        split = ways(layout.stream.get("T"), sizes) > ways(inner.get("T"), sizes)
         for module in LAYER:
-            turns = layers * accumulate * parts
-            runs = turns * (2 + (again.attention if module == "attention" else 0))
-            if split:
-                yield Message("all-gather", tensor, module, stream, runs, False)
-                yield Message("reduce-scatter", tensor, module, stream, runs, False)
-            else:
-                yield Message("all-reduce", tensor, module, stream, runs, False)
+            runs = layers * accumulate * parts * (2 + (again.attention if module == "attention" else 0))
+            yield from _summed(tensor, module, stream, runs, split)
     vocabulary = over(axes_of(inner.get("V")), sizes)
-    if vocabulary:
-        yield Message("all-reduce", vocabulary, "head", stream, 2 * accumulate * parts, False)
+    if vocabulary:  # after the table, and before the head on the way back
+        yield from _summed(vocabulary, "head", stream, 2 * accumulate * parts, split)
 
     context = over(axes_of(inner.get("T")), sizes)
     if context:
@@ -237,15 +232,30 @@ def _messages(run: Run, sizes: Axes, accumulate: int, parts: int, tokens: float,
         own = 2 * micro * heads * letters["K"] * 2  # keys and values, bfloat16
         turns = layers * accumulate * parts
         if inner.get("S"):
-            yield Message("collective-permute", context, "attention", own, turns * (n - 1) * (3 + again.scores), True)
+            yield Message("collective-permute", context, "attention", own, turns * (n - 1) * (2 + again.scores), True)
+            yield Message("collective-permute", context, "attention", 2 * own, turns * n, True)  # their gradients, home
         else:
-            yield Message("all-gather", context, "attention", own * n, turns * (2 + again.scores), False)
+            yield Message("all-gather", context, "attention", own * n, turns * (1 + again.scores), False)
             yield Message("reduce-scatter", context, "attention", 2 * own * n, turns, False)
     if stages > 1:
         hops = 2 * (run.pipeline.laps * parts + stages - 1) * accumulate
         yield Message("collective-permute", ("stage",), "pipeline", stream, hops, False)
     expert = over(axes_of(inner.get("E")), sizes)
-    if expert:
-        routed = max(m.share for m in model.matrices()["mlp"] if "E" in m.dims) * letters["E"]
+    if expert and "E" in letters:
+        routed = max(m.share for m in model.matrices()["mlp"] if m.dims == "EDF") * letters["E"]
         runs = layers * accumulate * parts * (4 + 2 * again.mlp)
         yield Message("all-to-all", expert, "mlp", stream * routed, runs, False)
+
+
+def _seen(ring: int) -> float:
+    """The part of the square of scores that is computed where attention is not fused.
+
+    Around a ring of n, each device sees of 2n pieces of keys 3 pairs with its own two, and 2 with every other's.
+    """
+    return 1 if ring == 1 else (2 * ring + 1) / (4 * ring)
+
+
+def _summed(axes: tuple[str, ...], module: str, stream: float, runs: float, split: bool):
+    """Sums of the stream over the axes: to all, or to a part of the positions that is gathered where it is needed."""
+    kinds = ("reduce-scatter", "all-gather") if split else ("all-reduce",)
+    return (Message(kind, axes, module, stream, runs, False) for kind in kinds)

@@ -1,5 +1,6 @@
 """Training communicates what theory says, to the byte, and nothing else."""
 
+import collections
 import functools
 import math
 import re
@@ -18,10 +19,14 @@ from llmjax.mesh import Axes
 from llmjax.models import moe, nn
 from llmjax.models.llama import Llama
 from llmjax.models.mixtral import Mixtral
+from llmjax.optim.adamw import AdamW
+from llmjax.plan import work
 from llmjax.plan.collectives import collectives, departures, report, table
+from llmjax.run import Run
 from llmjax.train import step as steps
 from llmjax.train.loss import NextToken
 from llmjax.train.routed import RoutedNextToken
+from meshes import cpu8
 
 B, T, D, H, G, K, F, V, L = 16, 32, 40, 8, 4, 14, 72, 48, 4  # B is a microbatch's
 SHAPES = dict(vocab=V, layers=L, width=D, heads=H, kv_heads=G, head_dim=K, ff=F, positions=T)
@@ -331,3 +336,29 @@ def test_the_report_shows_every_kind_and_axis_with_its_bytes():
     lines = report(step("tp", THEORY["tp"][0])).splitlines()
     assert lines[0].split() == ["collective", "over", "runs", "bytes", "sent", "per", "device"]
     assert {tuple(line.split()[:2]) for line in lines[1:]} == {(AR, "tensor"), (AR, "data")}
+
+
+# What the planner counts without a program, up to what it leaves out: norms, and the loss's sums.
+@pytest.mark.parametrize("case", THEORY)
+def test_the_planner_counts_the_numbers_that_theory_says(case):
+    sizes, theory = THEORY[case]
+    run = Run(
+        MODEL, None, AdamW(), NextToken(), cpu8.cluster, layout=layouts.preset(case.split()[0]), batch=B, sequence=T
+    )
+    expected, counted = collections.Counter(), collections.Counter()
+    for (kind, over), numbers in theory.items():
+        expected[kind, over] += numbers
+    for message in work.count(run, sizes, 1).messages:
+        kind = AR if message.kind == RS else message.kind
+        gradient = message.kind in (AR, RS) and (message.hidden or "context" in message.axes)
+        gradient = gradient or (kind == CP and message.count == L * sizes.context)  # those of keys and values
+        counted[kind, message.axes] += message.count * message.bytes / (FLOAT if gradient else 2)
+    # XLA sums a table, which is no product, over all axes at once; the planner as it does products.
+    for numbers in (expected, counted):
+        for kind, over in list(numbers):
+            if kind == AR and "data" in over:
+                numbers[kind, ("data",)] += numbers.pop((kind, over))
+    rest = 4 * SCALES + 3 * B * T + TABLE * 2 * ("in data" in case or case in ("cp", "ring"))
+    assert {key for key in counted if counted[key] > rest} == {key for key in expected if expected[key] > rest}
+    for key in counted:
+        assert counted[key] == pytest.approx(expected[key], abs=rest), key
