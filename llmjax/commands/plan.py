@@ -9,8 +9,8 @@ from llmjax import mesh as meshes
 from llmjax import processes as system
 from llmjax.commands import bench, plan_meshes, plan_published, plan_tables
 from llmjax.errors import DONE, IO, UNEQUAL, Refused
-from llmjax.plan import calibrate, compiled, contract, slices
-from llmjax.plan.estimate import Estimate, estimate, plannable, type_check
+from llmjax.plan import calibrate, compiled, contract, kept, slices
+from llmjax.plan.estimate import Estimate, estimate, plannable, trusted, type_check
 from llmjax.processes import Processes
 from llmjax.run import Run
 from llmjax.train.display import Display
@@ -121,6 +121,8 @@ def one(run: Run, processes: Processes, options: Options, display: Display) -> i
     measure = measurer(run, processes) if options.measure else None
     report, why = compile_for(found, options)
     measured = measure(found) if measure else None
+    which, _ = trusted(run.mesh.chip, report is not None and report.time is not None)
+    kept.keep(run, found.sizes, found.accumulate, (report if which == "compiled" else found).time.step)
     plan_tables.show(display, found, report, measured, options.price_per_chip_hour)
     if why:
         display.say(f"\n{why}")

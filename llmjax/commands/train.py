@@ -18,6 +18,8 @@ from llmjax.checkpoint.checkpoints import Checkpoints, like
 from llmjax.data.dataset import check_rows
 from llmjax.errors import DATA, DONE, IO, PREEMPTED, USAGE, Refused
 from llmjax.evaluate.generate import Sampling, complete
+from llmjax.mesh import Axes
+from llmjax.plan import kept
 from llmjax.processes import Processes
 from llmjax.run import FREE, Run, differences, to_json
 from llmjax.train import loop
@@ -73,7 +75,7 @@ def train(run: Run, processes: Processes = Processes(), display: Display | None 
         facts = loop.evaluate(program, state, dataset, ledger, done)
         samples(program, state, dataset, folder, display, first)
         ledger.event("finish", step=done, seconds=time.monotonic() - began)
-        summary(run, facts, dataset, folder, display, time.monotonic() - began)
+        summary(program, facts, dataset, folder, display, time.monotonic() - began)
     return DONE
 
 
@@ -228,8 +230,9 @@ def samples(program: Program, state: State, dataset, folder: Path, display: Disp
         path.write_text(json.dumps([dict(prompt=p, text=t) for p, t in zip(run.prompts, texts, strict=True)], indent=1))
 
 
-def summary(run: Run, facts: dict[str, float], dataset, folder: Path, display: Display, seconds: float) -> None:
+def summary(program: Program, facts: dict[str, float], dataset, folder: Path, display: Display, seconds: float):
     """How it ended, against general-purpose compressors where the data is text, and what to do next."""
+    run = program.run
     if "bits_per_byte" in facts:
         rows = [
             (f"llmjax {run.name}", facts["bits_per_byte"]),
@@ -241,6 +244,10 @@ def summary(run: Run, facts: dict[str, float], dataset, folder: Path, display: D
     display.say(
         f"Done: {run.steps:,} steps in {duration(seconds)}{rate}; checkpoints, metrics and samples in {folder}."
     )
+    step = kept.planned(run, Axes(**dict(program.mesh.shape)), program.accumulate)
+    if step and speed:
+        took = run.batch * run.sequence / sorted(speed)[len(speed) // 2]
+        display.say(f"Planned {1e3 * step:,.1f} ms/step, measured {1e3 * took:,.1f}: {100 * (step / took - 1):+.0f}%.")
     display.say(next_steps(run))
 
 

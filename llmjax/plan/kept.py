@@ -1,0 +1,40 @@
+"""The newest plan of a run, kept so that training can show it beside what it measures."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+from llmjax.mesh import Axes
+from llmjax.run import Run, to_json
+
+# What decides the time of a step: a plan that differs in any of these is of another run.
+DECIDES = ("model", "optimizer", "axes", "layout", "pipeline", "batch", "sequence", "accumulate", "dtype", "remat",
+           "local")  # fmt: skip
+
+
+def file(run: Run) -> Path:
+    """Where the plan is kept, below the folder of runs."""
+    return Path(run.runs) / ".cache" / "plans" / f"{run.name}.json"
+
+
+def keep(run: Run, sizes: Axes, accumulate: int, step: float) -> None:
+    """Keeps the seconds planned for a step. A folder that cannot be written keeps nothing."""
+    with contextlib.suppress(OSError):
+        file(run).parent.mkdir(parents=True, exist_ok=True)
+        file(run).write_text(json.dumps(_facts(run, sizes, accumulate) | {"step": step}, indent=1) + "\n")
+
+
+def planned(run: Run, sizes: Axes, accumulate: int) -> float | None:
+    """Seconds that were planned for a step of this very run on this very mesh; None where there is no such plan."""
+    try:
+        found = json.loads(file(run).read_text(encoding="utf-8"))
+        step = float(found.pop("step"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return step if found == _facts(run, sizes, accumulate) else None
+
+
+def _facts(run: Run, sizes: Axes, accumulate: int) -> dict:
+    run = dataclasses.replace(run, axes=sizes, accumulate=accumulate)
+    return {"mesh": run.mesh.name} | {field: to_json(getattr(run, field)) for field in DECIDES}
