@@ -118,6 +118,8 @@ def sent(display: Display, found: Estimate, report: Report | None) -> None:
         display.say("Communication: none.")
         return
     columns = ["Communication of a step", "for", "runs", "bytes", "network", "ms", "waited for"]
+    if not any(cell[-1] for cell in cells):
+        columns, cells = columns[:-1], [cell[:-1] for cell in cells]
     display.table(columns, cells[:ROWS])
     if len(cells) > ROWS:
         display.say(f"... and {len(cells) - ROWS} smaller ones, which --json has.")
@@ -162,12 +164,17 @@ def speed(display: Display, found: Estimate, report: Report | None, measured: fl
     if shares := mfu(run, found.chips, step):
         rows["mfu"] = f"{100 * shares[0]:.1f}% with causal attention (C), {100 * shares[1]:.1f}% with all of it (F)"
     cost = f", {hours * found.chips * price:,.0f} at {price:g} per chip-hour" if price else ""
-    rows["run"] = f"{run.steps:,} steps, {tokens * run.steps:.3g} tokens, in {duration(3600 * hours)}"
+    rows["run"] = f"{run.steps:,} steps, {tokens * run.steps:.3g} tokens, in {span(hours)}"
     rows["cost"] = f"{hours * found.chips:,.0f} chip-hours{cost}"
     if measured is not None:
         off = 100 * (step / measured - 1)
         rows["measured"] = f"{1e3 * measured:,.1f} ms/step here; predicted {1e3 * step:,.1f}, {off:+.0f}%"
     display.facts("Speed", rows)
+
+
+def span(hours: float) -> str:
+    """Hours as a person plans with them."""
+    return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours" if hours >= 1 else duration(3600 * hours)
 
 
 def following(found: Estimate) -> str:

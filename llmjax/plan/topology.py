@@ -49,7 +49,8 @@ def devices(cluster: Cluster) -> list[jax.Device]:
         )
     shape = slice_shape(cluster)
     for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+        if os.environ.get(name, "WARNING").startswith("WARNING"):  # what JAX writes there when it has found no TPU
+            os.environ[name] = value
     options = dict(chips_per_host_bounds=(1, 1, 1)) if math.prod(shape) == 1 else {}
     if cluster.slices > 1:
         options["num_slices"] = cluster.slices
