@@ -10,7 +10,7 @@ from llmjax import processes as system
 from llmjax.commands import bench, plan_meshes, plan_published, plan_tables
 from llmjax.errors import DONE, IO, UNEQUAL, Refused
 from llmjax.plan import calibrate, compiled, contract, kept, slices
-from llmjax.plan.estimate import Estimate, estimate, plannable, trusted, type_check
+from llmjax.plan.estimate import Estimate, estimate, plannable, sized, trusted, type_check
 from llmjax.processes import Processes
 from llmjax.run import Run
 from llmjax.train.display import Display
@@ -97,6 +97,7 @@ def check(options: Options) -> None:
 
 def on_known_chips(run: Run, processes: Processes, options: Options) -> Run:
     """The run on a mesh that says its chips: what this machine has where the mesh leaves that open."""
+    sized(run)
     cluster = slices.cluster(options.chip, options.chips) if options.chip else run.mesh
     if cluster.chips is None or cluster.chip is None:
         devices = system.start(cluster, processes)

@@ -85,10 +85,15 @@ def timed(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
     return done, analytic.predict(done, run.mesh, sizes)
 
 
-def plannable(run: Run) -> None:
-    """Refuses a run that says too little of itself to be planned."""
+def sized(run: Run) -> None:
+    """Refuses a run whose model does not tell its sizes."""
     if not hasattr(run.model, "matrices"):
         raise Refused(f"{run.name} is no language model: plan one of the others that `llmjax experiments` lists.")
+
+
+def plannable(run: Run) -> None:
+    """Refuses a run that says too little of itself to be planned."""
+    sized(run)
     if run.mesh.chip is None or run.mesh.chips is None:
         raise Refused(f"mesh is {run.mesh.name}, whose chips are not known: give a mesh that names them, --mesh cpu8.")
 

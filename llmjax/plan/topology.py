@@ -3,13 +3,13 @@
 import fnmatch
 import importlib.metadata
 import math
-import os
 import re
 from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
 
+from llmjax import processes
 from llmjax.errors import Refused
 from llmjax.mesh import Cluster
 
@@ -18,15 +18,6 @@ COMPILER = {"TPU v4": "v4", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v6e": "v6e"
 LARGEST = {"v4": (16, 16, 16), "v5e": (16, 16), "v5p": (16, 16, 24), "v6e": (16, 16), "tpu7x": (16, 24, 24)}
 SMALL = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-# Without a TPU libtpu would ask the cloud's metadata server for one, complain, and let only one process load it.
-SETTINGS = dict(
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_MIN_LOG_LEVEL="3",
-    TPU_ACCELERATOR_TYPE="v5p-8",
-    TPU_WORKER_HOSTNAMES="localhost",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)
-
 Shape = tuple[int, ...]
 
 
@@ -48,9 +39,7 @@ def devices(cluster: Cluster) -> list[jax.Device]:
             f"mesh {cluster.name} has chips {cluster.chip.name}: compiled plans know {', '.join(COMPILER)}."
         )
     shape = slice_shape(cluster)
-    for name, value in SETTINGS.items():
-        if os.environ.get(name, "WARNING").startswith("WARNING"):  # what JAX writes there when it has found no TPU
-            os.environ[name] = value
+    processes.compiler_only()
     options = dict(chips_per_host_bounds=(1, 1, 1)) if math.prod(shape) == 1 else {}
     if cluster.slices > 1:
         options["num_slices"] = cluster.slices
