@@ -1,10 +1,13 @@
 """What `llmjax plan` prints of one run on one mesh: fit, communication, time, and what to do next."""
 
+import collections
 import dataclasses
+from collections.abc import Sequence
 
 from llmjax.mesh import AXES, Axes
 from llmjax.plan import knobs
 from llmjax.plan.analytic import Time
+from llmjax.plan.buffers import Buffer
 from llmjax.plan.compiled import Report
 from llmjax.plan.estimate import ROOM, Estimate, communication, mfu, network_name, trusted
 from llmjax.plan.memory import Memory
@@ -82,11 +85,11 @@ def relief(display: Display, found: Estimate, report: Report | None) -> None:
     """The largest buffers, and the changes that free the most."""
     if report and report.buffers:
         names = [f"{buffer.count} x {buffer.shape}" for buffer in report.buffers[:8]]
-        said = [f"{memory(b.bytes)}, {b.what} {b.operation[-80:]} {b.source}" for b in report.buffers[:8]]
+        said = [f"{memory(b.bytes)}, {b.what} {came_from(b)}" for b in report.buffers[:8]]
         display.say()
         display.facts("Largest buffers", dict(zip(names, said, strict=True)))
     limit = ROOM * found.run.mesh.chip.memory
-    changes = knobs.ranked(found.run, found.sizes, found.accumulate, limit, found.run.mesh.chip)[:8]
+    changes = varied(knobs.ranked(found.run, found.sizes, found.accumulate, limit, found.run.mesh.chip))
     if changes:
         display.say()
         display.facts(
@@ -96,6 +99,18 @@ def relief(display: Display, found: Estimate, report: Report | None) -> None:
                 for k in changes
             },
         )
+
+
+def came_from(buffer: Buffer) -> str:
+    """The end of the traced operation's name, and where in this library it stands."""
+    place = buffer.source.rpartition("/llmjax/")
+    return f"{'/'.join(buffer.operation.split('/')[-4:])} {'llmjax/' if place[1] else ''}{place[2]}".strip()
+
+
+def varied(changes: Sequence[knobs.Knob], each: int = 2) -> list[knobs.Knob]:
+    """The best of each kind, so that ten ways to cut the positions do not hide that others help as well."""
+    kinds = collections.Counter()
+    return [k for k in changes if (kinds.update([k.name.split()[0]]) or kinds[k.name.split()[0]]) <= each]
 
 
 def classes(held: Memory) -> dict[str, float]:

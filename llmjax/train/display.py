@@ -28,7 +28,7 @@ def memory(number: float) -> str:
     """Bytes with a binary unit."""
     for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if number >= size:
-            return f"{number / size:.3g} {unit}"
+            return f"{number / size:{'.0f' if number >= 999.5 * size else '.3g'}} {unit}"
     return f"{number:.0f} B"
 
 
