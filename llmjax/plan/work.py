@@ -97,6 +97,14 @@ class Work:
     "The same, counting all of it."
 
 
+def repeated(run: Run, stages: int) -> Again:
+    """What this trainer computes again: what `remat` says, and under 1f1b once more all that a stage computes."""
+    again = REMAT[run.remat]
+    if stages == 1 or run.pipeline.schedule != "1f1b":
+        return again
+    return Again(again.attention + 1, again.mlp + 1, again.scores + 1, last=True)
+
+
 def ways(placement: Any, sizes: Axes) -> int:
     """Into how many parts a dim with this placement is cut."""
     return math.prod(getattr(sizes, axis) for axis in axes_of(placement))
@@ -116,8 +124,8 @@ def over(axes: Any, sizes: Axes) -> tuple[str, ...]:
 def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> Work:
     """The work of one device in a step of this run on axes of these sizes."""
     layout, inner, model = run.layout, run.layout.inner, run.model
-    letters, again = dict(model.sizes()), method.again or REMAT[run.remat]
-    stages = ways(layout.params.get("L"), sizes)
+    letters, stages = dict(model.sizes()), ways(layout.params.get("L"), sizes)
+    again = method.again or repeated(run, stages)
     layers = model.layers / stages
     tokens = run.batch * run.sequence / ways(inner.get("B"), sizes) / ways(inner.get("T"), sizes)
     rows = run.batch // ways(inner.get("B"), sizes) // accumulate
@@ -126,8 +134,8 @@ def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
     products = {}
     for module, matrices in model.matrices().items():
         met = [m.share * m.size(letters) / _cut_products(layout, m, sizes) for m in matrices]
-        repeated = sum(met) - (met[-1] if module == "mlp" and not again.last else 0)
-        flops = 2 * tokens * (3 * sum(met) + again.of(module) * repeated) / method.faster
+        twice = sum(met) - (met[-1] if module == "mlp" and not again.last else 0)
+        flops = 2 * tokens * (3 * sum(met) + again.of(module) * twice) / method.faster
         products[module] = flops * (layers if module in LAYER else 1)
     heads = letters["H"] / ways(inner.get("H"), sizes)
     square = tokens * run.sequence * heads * layers * (0.5 if method.fused else _seen(ways(inner.get("S"), sizes)))

@@ -85,6 +85,15 @@ def test_a_pipeline_idles_as_many_microbatches_as_it_has_stages_to_fill():
     assert few.bubble / busy[0] == pytest.approx(3 / 4) and many.bubble / busy[1] == pytest.approx(3 / 16)
 
 
+def test_a_stage_of_1f1b_computes_its_forward_pass_again():
+    gpipe, by_hand = (
+        planned("fsdp_pp", axes(stage=4, fsdp=16), remat="none", pipeline=Pipeline(schedule))[0]
+        for schedule in ("gpipe", "1f1b")
+    )
+    assert by_hand.products["mlp"] / gpipe.products["mlp"] == pytest.approx(4 / 3)
+    assert by_hand.products["head"] == gpipe.products["head"]
+
+
 def test_more_slices_lose_the_share_of_a_step_that_runs_have_shown():
     two = importlib.import_module("meshes.v5p_128_x2").cluster
     assert analytic.lost(two, axes(data=2, fsdp=128)) == chips.TPU_V5P.efficiency.doubling
