@@ -51,8 +51,7 @@ def start(cluster: Cluster, processes: Processes | None = None) -> list[jax.Devi
         _join(processes)
     elif not each and processes.count != 1:
         _detect(os.environ)
-    if not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():
-        compiler_only()
+    compiler_only()
     devices = jax.devices()
     if jax.process_count() > 1 and devices[0].platform == "cpu":
         _hide_foreign_output()
@@ -60,10 +59,12 @@ def start(cluster: Cluster, processes: Processes | None = None) -> list[jax.Devi
 
 
 def compiler_only() -> None:
-    """Has libtpu, if it is installed, serve as a compiler.
+    """Has libtpu, if it is installed where there is no TPU, serve as a compiler.
 
     Without this it asks the cloud for the TPU that is not there, complains, and lets only one process load it.
     """
+    if any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists():  # how Linux shows a TPU's chips
+        return
     settings = dict(TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL="3", TPU_ACCELERATOR_TYPE="v5p-8",
                     TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # fmt: skip
     for name, value in settings.items():

@@ -60,6 +60,7 @@ def plan(run: Run, processes: Processes, options: Options) -> int:
       Refused: the run, its mesh or an option cannot be used as asked.
     """
     check(options)
+    system.compiler_only()
     display = Display()
     if options.published:
         return finish(plan_published.show(options.published, display), options)

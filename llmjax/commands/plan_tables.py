@@ -153,7 +153,7 @@ def times(display: Display, found: Estimate, report: Report | None) -> None:
     display.say(f"Trusted: {which}, {why}.")
     if report and report.unknown:
         names = ", ".join(f"{name} ({times:,})" for name, times in list(report.unknown.items())[:6])
-        display.say(f"Of unknown cost, and so left out of the compiled time: {names}.")
+        display.say(f"Without cycles from the compiler, so priced by their bytes: {names}.")
 
 
 def parts(time: Time | Compiled) -> dict[str, float]:

@@ -227,7 +227,8 @@ def versions(cluster: Cluster) -> str:
 def _key(traced: str, cluster: Cluster, sizes: Axes, roofline: Roofline) -> str:
     """Everything that decides a report: the program traced, the readers of what is compiled, the machine."""
     readers = b"".join(
-        Path(module.__file__).read_bytes() for module in (hlo, schedule, buffers, collectives, cost, links)
+        Path(file).read_bytes()
+        for file in (__file__, *(module.__file__ for module in (hlo, schedule, buffers, collectives, cost, links)))
     )
     kernels = f"{roofline.__module__}.{roofline.__qualname__}"
     what = json.dumps([FORMAT, kernels, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
