@@ -27,7 +27,7 @@ class Efficiency:
     memory: float = 0.8  # of the memory's bandwidth
     link: float = 0.8  # of the fast network's bandwidth
     network: float = 0.8  # of the slow network's bandwidth
-    overlap: float = 0.5  # of the time in which activations travel, what the products beside them hide
+    overlap: float = 0.5  # of the time of communication, what compute hides
     doubling: float = 0.0  # time lost, as a share of the step, by every doubling of the parts that a slow network joins
 
 

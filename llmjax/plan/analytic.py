@@ -1,8 +1,9 @@
 """Seconds of a train step from the work of one device and a few constants of its chip, with no compiler."""
 
 import dataclasses
+import math
 
-from llmjax.mesh import Axes, Cluster
+from llmjax.mesh import AXES, Axes, Cluster
 from llmjax.plan import links
 from llmjax.plan.work import Message, Work
 
@@ -36,8 +37,8 @@ def seconds(message: Message, cluster: Cluster, sizes: Axes) -> float:
 def predict(work: Work, cluster: Cluster, sizes: Axes) -> Time:
     """The time of a step whose work is this.
 
-    Messages of weights and gradients travel while products run: only what exceeds these is waited for. Messages of
-    activations are waited for, but for the share that products taken in parts hide.
+    Messages of weights and gradients may travel while anything is computed: what exceeds that is waited for in full.
+    Of all others, and of those of activations, compute hides the share that is the chip's `overlap`.
     """
     chip, best = cluster.chip, cluster.chip.efficiency
     reads = work.weights / (chip.bandwidth * best.memory)
@@ -62,5 +63,5 @@ def predict(work: Work, cluster: Cluster, sizes: Axes) -> Time:
 
 def lost(cluster: Cluster, sizes: Axes) -> float:
     """The share of a step that is lost because many parts of a cluster wait for each other."""
-    parts = links.span(cluster, sizes, ("data", "stage", "fsdp", "expert", "context", "tensor")).outside
-    return cluster.chip.efficiency.doubling * max(0, parts.bit_length() - 1)
+    parts = links.span(cluster, sizes, AXES).outside
+    return cluster.chip.efficiency.doubling * math.log2(parts)

@@ -45,6 +45,7 @@ REMAT = (
     (r"full|every block|yes|layer input", Again(1, 1, 1)),
     (r"", Again(0, 0, 0)),
 )
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 TORCH = r"Megatron|PyTorch|torchtitan|llm-foundry|lit-gpt|Meta"
 
 
@@ -100,6 +101,8 @@ def read(path: str | Path, chips: Sequence[Chip]) -> tuple[list[Published], dict
             found.append(experiment(row, chips))
         except Refused as why:
             left_out[row["id"]] = str(why)
+        except ValueError as why:
+            left_out[row["id"]] = f"a number in it cannot be read: {why}"
     if not found:
         raise Refused(f"{path} has no row that can be predicted; of the first: {next(iter(left_out.values()))}.", DATA)
     return found, left_out
@@ -125,7 +128,7 @@ def experiment(row: Row, chips: Sequence[Chip]) -> Published:
     again = dataclasses.replace(again, last=bool(re.search(TORCH, row["system"])))
     run = Run(
         model=model, data=None, optimizer=AdamW(lr=1e-4), loss=NextToken(), mesh=cluster, axes=sizes,
-        layout=_layout(row, sizes), pipeline=_pipeline(row, batch, sizes, accumulate), batch=batch, sequence=sequence,
+        layout=_layout(row, sizes), pipeline=_pipeline(row, batch, sizes), batch=batch, sequence=sequence,
         accumulate=accumulate, name=row["id"],
     )  # fmt: skip
     method = Method(
@@ -207,7 +210,7 @@ def _batch(row: Row, cluster: Cluster, sizes: Axes) -> tuple[int, int]:
     return batch, accumulate if sizes.stage == 1 else 1
 
 
-def _pipeline(row: Row, batch: int, sizes: Axes, accumulate: int) -> Pipeline:
+def _pipeline(row: Row, batch: int, sizes: Axes) -> Pipeline:
     laps = re.search(r"(?:interleave|vp) (\d+)", row["mesh_or_sharding"])
     micro = re.search(r"micro (\d+)", row["per_device_batch_or_global_batch"] + row["mesh_or_sharding"])
     rows = batch // (sizes.data * sizes.fsdp) // (int(micro[1]) if micro else 1)
@@ -220,8 +223,9 @@ def _model(row: Row) -> Any:
     names = dict(layers="layers", width="d_model", heads="heads", head_dim="head_dim", ff="ffn", vocab="vocab")
     try:
         shape = {field: int(row[column]) for field, column in names.items()} | {"positions": int(row["seq_len"])}
-        kv_heads, said = int(row["kv_heads"]), float(re.match(r"[\d.]+(?:e\d+)?", row["params"])[0])
-    except (ValueError, TypeError):
+        number, unit = re.match(r"([\d.]+(?:e\d+)?) ?([TBMK]?)", row["params"]).groups()
+        kv_heads, said = int(row["kv_heads"]), float(number) * UNITS[unit]
+    except (ValueError, AttributeError):
         raise Refused("its shape is not known") from None
     choices = [Llama(**shape, kv_heads=kv_heads, tied=tied) for tied in (False, True)]
     found = [(abs(parameters(model) - said), model) for model in choices]

@@ -8,6 +8,8 @@ import pytest
 
 from llmjax import names
 from llmjax.errors import Refused
+from llmjax.models.gpt2 import GPT2
+from llmjax.models.llama import Llama
 from llmjax.plan import fit, published
 
 FILE = Path(__file__).parent / "published_runs.csv"
@@ -88,6 +90,7 @@ def test_batches_are_read_in_every_way_that_rows_give_them(text, batch, accumula
         (dict(mesh_or_sharding="ICI fsdp 48"), "does not multiply to 64 devices"),
         (dict(hardware="Cerebras WSE"), "no facts of this chip"),
         (dict(layers="?"), "shape is not known"),
+        (dict(params="many"), "shape is not known"),
         (dict(per_device_batch_or_global_batch="?"), "batch is not known"),
         (dict(tokens_per_s_per_chip="", mfu_percent=""), "speed is not given"),
     ],
@@ -103,6 +106,21 @@ def test_a_file_that_is_no_table_of_runs_is_refused_in_a_sentence(tmp_path):
         published.read(tmp_path / "runs.csv", CHIPS)
     with pytest.raises(Refused, match="cannot be read"):
         published.read(tmp_path / "none.csv", CHIPS)
+
+
+@pytest.mark.parametrize("said", ["8.03e9", "8.03B", "8030M (dense)"])
+def test_the_number_of_parameters_tells_a_gated_feed_forward_from_a_plain_one(said):
+    llama = dict(d_model="4096", ffn="14336", heads="32", kv_heads="8", head_dim="128", vocab="128256", layers="32")
+    assert isinstance(published.experiment(row(params=said, **llama), CHIPS).run.model, Llama)
+    assert isinstance(published.experiment(row(), CHIPS).run.model, GPT2)
+
+
+def test_a_number_that_cannot_be_read_leaves_its_row_out_and_no_other(tmp_path):
+    text = FILE.read_text().replace("TPU v5p (1x v5p-128),64,", "TPU v5p (1x v5p-128),sixty-four,", 1)
+    (tmp_path / "runs.csv").write_text(text)
+    found, left_out = published.read(tmp_path / "runs.csv", CHIPS)
+    assert "a number in it cannot be read" in left_out["mt-v5p-32b-1x"]
+    assert len(found) == len(published.read(FILE, CHIPS)[0]) - 1
 
 
 def test_sliding_windows_leave_the_part_of_the_triangle_that_they_cover():
