@@ -26,7 +26,15 @@ def test_an_experiment_keeps_to_its_contract(experiment, layout):
     run = dataclasses.replace(run, mesh=cpu8.cluster, layout=layouts.preset(layout), name=experiment)
     made = contract.of(compiled.report(run, resolve(run, 8)), run)
     assert len(made.terms) > 5
-    assert contract.check(KEPT / f"{experiment}_cpu8_{layout}.json", made) == []
+    assert agreed(made, f"{experiment}_cpu8_{layout}") == []
+
+
+def agreed(made: Contract, name: str) -> list[str]:
+    """Departures from a contract in the tree; it is of one compiler, as another joins messages in other ways."""
+    about = contract.read(KEPT / f"{name}.json").about
+    if about["compiler"] != made.about["compiler"]:
+        pytest.skip(f"the contract is of {about['compiler']}")
+    return contract.check(KEPT / f"{name}.json", made)
 
 
 def sends(*terms: Term, arguments: int = 100) -> Contract:
@@ -44,7 +52,7 @@ AGREED = sends(GATHER)
 def test_an_experiment_keeps_to_its_contract_on_tpus(experiment):
     run = importlib.import_module(f"experiments.{experiment}").run
     made = contract.of(compiled.report(run, resolve(run, run.mesh.chips)), run)
-    assert contract.check(KEPT / f"{experiment}.json", made) == []
+    assert agreed(made, experiment) == []
 
 
 @pytest.fixture
