@@ -95,7 +95,7 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         case "parity":
             return _parity(*_experiment(arguments, "stdlib_tiny"))
         case "plan":
-            return _plan(*_experiment(arguments, "stdlib_tiny"))
+            return _plan(arguments)
         case "bench":
             return _bench(*_experiment(arguments, "bench_small"))
         case "generate":
@@ -198,11 +198,13 @@ def _bench(run: "Run", arguments: list[str]) -> int:
     return bench(*_with_options(run, Timing(), arguments, "bench", about))
 
 
-def _plan(run: "Run", arguments: list[str]) -> int:
-    from llmjax.commands.plan import Options, plan
+def _plan(arguments: list[str]) -> int:
+    from llmjax.commands.plan import Experiment, Options, plan
 
+    word = arguments[0] if arguments and not arguments[0].startswith("-") else "stdlib_tiny"
+    run, arguments = _experiment(arguments, word)
     about = f"Foresees whether {run.name} fits a cluster, what it sends, how fast it is, and which mesh is best."
-    return plan(*_with_options(run, Options(), arguments, "plan", about))
+    return plan(Experiment(word, run), *_with_options(run, Options(), arguments, "plan", about))
 
 
 def _parity(run: "Run", arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from llmjax import mesh as meshes
 from llmjax import processes as system
 from llmjax.commands import bench, plan_meshes, plan_published, plan_tables
+from llmjax.commands.plan_tables import Experiment
 from llmjax.errors import DONE, IO, UNEQUAL, Refused
 from llmjax.plan import calibrate, compiled, contract, kept, slices
 from llmjax.plan.estimate import Estimate, estimate, plannable, sized, trusted, type_check
@@ -53,7 +54,7 @@ class Options:
     "File for the result."
 
 
-def plan(run: Run, processes: Processes, options: Options) -> int:
+def plan(asked: Experiment, run: Run, processes: Processes, options: Options) -> int:
     """Prints whether the run fits its cluster, what it will send, how long a step takes, and what to do next.
 
     Raises:
@@ -66,11 +67,11 @@ def plan(run: Run, processes: Processes, options: Options) -> int:
         return finish(plan_published.show(options.published, display), options)
     run = on_known_chips(run, processes, options)
     if options.scale:
-        return finish(plan_meshes.scale(run, options.scale, display), options)
+        return finish(plan_meshes.scale(asked, run, options.scale, display), options)
     calibrated(run, processes, display)
     if options.search:
         timed = measurer(run, processes) if options.measure else None
-        found = plan_meshes.best_mesh(run, options, display, timed)
+        found = plan_meshes.best_mesh(asked, run, options, display, timed)
         if options.write:
             slices.write(Path(options.write), found.cluster)
             display.say(f"Wrote {options.write}.")
@@ -79,7 +80,7 @@ def plan(run: Run, processes: Processes, options: Options) -> int:
         slices.write(Path(options.write), run.mesh)
     if options.write_contract or options.check:
         return agree(run, options, display)
-    return one(run, processes, options, display)
+    return one(asked, run, processes, options, display)
 
 
 def check(options: Options) -> None:
@@ -116,7 +117,7 @@ def calibrated(run: Run, processes: Processes, display: Display) -> None:
         calibrate.store(calibrate.measure(system.start(cluster, processes)), Path(run.runs))
 
 
-def one(run: Run, processes: Processes, options: Options, display: Display) -> int:
+def one(asked: Experiment, run: Run, processes: Processes, options: Options, display: Display) -> int:
     """The plan of one run on one mesh."""
     found = estimate(run)
     type_check(found)
@@ -125,10 +126,10 @@ def one(run: Run, processes: Processes, options: Options, display: Display) -> i
     measured = measure(found) if measure else None
     which, _ = trusted(run.mesh.chip, report is not None and report.time is not None)
     kept.keep(run, found.sizes, found.accumulate, (report if which == "compiled" else found).time.step)
-    plan_tables.show(display, found, report, measured, options.price_per_chip_hour)
+    plan_tables.show(display, asked, found, report, measured, options.price_per_chip_hour)
     if why:
         display.say(f"\n{why}")
-    return finish(plan_tables.facts(found, report, measured), options)
+    return finish(plan_tables.facts(asked, found, report, measured), options)
 
 
 def compile_for(found: Estimate, options: Options) -> tuple[compiled.Report | None, str]:

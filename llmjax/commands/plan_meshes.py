@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn
 
 from llmjax import names
-from llmjax.commands.plan_tables import command, cut, facts, milliseconds, schedule
+from llmjax.commands.plan_tables import Experiment, command, cut, facts, milliseconds, schedule
 from llmjax.errors import Refused
 from llmjax.mesh import Cluster
 from llmjax.plan import compiled, search, slices
@@ -55,7 +55,7 @@ class Case:
         return self.report is not None and not self.report.fits
 
 
-def best_mesh(run: Run, options: Any, display: Display, measure: Measure | None) -> Found:
+def best_mesh(asked: Experiment, run: Run, options: Any, display: Display, measure: Measure | None) -> Found:
     """Ranks every legal mesh of the run's cluster, compiles or measures the best, and prints them.
 
     Ctrl-C while it compiles or measures ends that, and what is known by then is shown.
@@ -80,11 +80,13 @@ def best_mesh(run: Run, options: Any, display: Display, measure: Measure | None)
     winner = cases[0].estimate
     type_check(winner)
     display.say(f"\nThe best: {cut(winner.sizes)}, layout {winner.run.layout.name}{runners_up(cases)}")
-    display.say(f"\nNext:\n  {command(winner, run.axes)}")
+    display.say(f"\nNext:\n  {command(asked, winner)}")
     cluster = dataclasses.replace(run.mesh, tensor=winner.sizes.tensor)
     if run.mesh.name not in names.names("meshes") and not options.write:
         display.say(f"  once --write meshes/{cluster.name}.py has written the mesh.")
-    return Found(cluster, dict(meshes=[facts(c.estimate, c.report, c.measured) for c in cases], legal=ranking.legal))
+    return Found(
+        cluster, dict(meshes=[facts(asked, c.estimate, c.report, c.measured) for c in cases], legal=ranking.legal)
+    )
 
 
 def in_order(cases: list[Case]) -> list[Case]:
@@ -182,7 +184,7 @@ def runners_up(cases: Sequence[Case]) -> str:
     return f"; the next is {rest[0]:.1f}% behind, the last one shown {max(rest):.1f}%."
 
 
-def scale(run: Run, counts: Sequence[int], display: Display) -> dict:
+def scale(asked: Experiment, run: Run, counts: Sequence[int], display: Display) -> dict:
     """Prints the best mesh for each number of chips, the batch growing with them, and returns it.
 
     Raises:
@@ -208,7 +210,7 @@ def scale(run: Run, counts: Sequence[int], display: Display) -> dict:
     columns = ["devices", "batch", "best mesh", "remat, accumulation", "ms/step", "tokens/s", "MFU (C)", "efficiency"]
     display.say()
     display.table(columns, rows)
-    return dict(scale=[facts(each) for each in found])
+    return dict(scale=[facts(asked, each) for each in found])
 
 
 def larger(run: Run, cluster: Cluster) -> Run:

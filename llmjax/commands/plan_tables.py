@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import functools
+import shlex
 from collections.abc import Sequence
 
 from llmjax.mesh import AXES, Axes
@@ -12,13 +14,40 @@ from llmjax.plan.compiled import Report
 from llmjax.plan.estimate import ROOM, Estimate, communication, mfu, network_name, trusted
 from llmjax.plan.memory import Memory
 from llmjax.plan.schedule import Time as Compiled
-from llmjax.run import Run, to_json
+from llmjax.run import Run, differences, to_json
 from llmjax.train.display import Display, duration, memory
 
 ROWS = 16  # of a table of communication
+PLANNED = {"mesh", "axes", "layout", "pipeline", "remat", "accumulate"}  # what a plan's own command says in any case
 
 
-def show(display: Display, found: Estimate, report: Report | None, measured: float | None, price: float) -> None:
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """An experiment as the user named it, before what the command line changes."""
+
+    word: str
+    "Its name, or its file."
+    run: Run
+
+    def changes(self, run: Run) -> list[str]:
+        """The options that make this experiment the run, but for those that a plan decides."""
+        before, after = to_json(self.run), to_json(run)
+        words = []
+        for path in differences(before, after):
+            value = functools.reduce(lambda tree, key: (tree or {}).get(key), path.split("."), after)
+            if path.split(".")[0] not in PLANNED and isinstance(value, (str, int, float)):
+                words.append(f"--{path.replace('_', '-')} {shlex.quote(str(value))}")
+        return words
+
+
+def show(
+    display: Display,
+    asked: Experiment,
+    found: Estimate,
+    report: Report | None,
+    measured: float | None,
+    price: float,
+) -> None:
     """All sections."""
     header(display, found)
     fit(display, found, report)
@@ -28,7 +57,7 @@ def show(display: Display, found: Estimate, report: Report | None, measured: flo
     times(display, found, report)
     display.say()
     speed(display, found, report, measured, price)
-    display.say(following(found))
+    display.say(following(asked, found))
 
 
 def header(display: Display, found: Estimate) -> None:
@@ -192,31 +221,31 @@ def span(hours: float) -> str:
     return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours" if hours >= 1 else duration(3600 * hours)
 
 
-def following(found: Estimate) -> str:
+def following(asked: Experiment, found: Estimate) -> str:
     """What to do next."""
-    name = found.run.name
-    search = f"  llmjax plan {name} --mesh {found.run.mesh.name} --search"
-    return "\nNext:\n" + "\n".join([search, *([f"  {command(found, found.run.axes)}"] if found.fits else [])])
+    changes = asked.changes(found.run)
+    search = " ".join([f"  llmjax plan {asked.word} --mesh {found.run.mesh.name} --search", *changes])
+    return "\nNext:\n" + "\n".join([search, *([f"  {command(asked, found)}"] if found.fits else [])])
 
 
-def command(found: Estimate, given: Axes = Axes()) -> str:
-    """The command line that trains what was planned, where the experiment itself gives these axes."""
+def command(asked: Experiment, found: Estimate) -> str:
+    """The command line that trains what was planned."""
     run = found.run
-    words = [f"llmjax train {run.name} --mesh {run.mesh.name} --layout {run.layout.name}"]
-    for axis, size, own in zip(AXES, found.sizes.sizes(), given.sizes(), strict=True):
+    words = [f"llmjax train {asked.word} --mesh {run.mesh.name} --layout {run.layout.name}"]
+    for axis, size, own in zip(AXES, found.sizes.sizes(), asked.run.axes.sizes(), strict=True):
         words += [f"--axes.{axis} {size}"] if size > 1 or own else []
     if found.sizes.stage > 1:
         words += [f"--pipeline.schedule {run.pipeline.schedule} --pipeline.microbatches {run.pipeline.microbatches}"]
-    return " ".join([*words, f"--remat {run.remat} --accumulate {found.accumulate}"])
+    return " ".join([*words, f"--remat {run.remat} --accumulate {found.accumulate}", *asked.changes(run)])
 
 
-def facts(found: Estimate, report: Report | None = None, measured: float | None = None) -> dict:
+def facts(asked: Experiment, found: Estimate, report: Report | None = None, measured: float | None = None) -> dict:
     """The plan for machines."""
     time = dataclasses.asdict(found.time) | {"step": found.time.step}
     return dict(
         run=to_json(found.run), axes=dataclasses.asdict(found.sizes), accumulate=found.accumulate, fits=found.fits,
         memory=classes(found.memory) | {"total": found.memory.total}, seconds=time, mfu=found.mfu,
         tokens_per_s=found.tokens_per_s, tokens_per_s_per_device=found.per_chip, hours=found.hours,
-        communication=[dataclasses.asdict(row) for row in communication(found)], command=command(found),
+        communication=[dataclasses.asdict(row) for row in communication(found)], command=command(asked, found),
         compiled=None if report is None else to_json(report), measured_step=measured,
     )  # fmt: skip

@@ -54,9 +54,10 @@ def test_a_run_that_does_not_fit_is_told_what_would_help(plan):
 
 
 def test_a_search_ends_with_the_command_that_trains_on_the_best_mesh(plan):
-    code, out = plan("llama3_8b_h100x8", "--search", "--analytic", "--json", "found.json")
+    changed = ("--batch", "128", "--optimizer.lr", "0.0001")
+    code, out = plan("llama3_8b_h100x8", "--search", "--analytic", "--json", "found.json", *changed)
     best = json.loads(Path("found.json").read_text())["meshes"][0]
-    assert code == 0 and best["command"].split(" --axes")[0] in out
+    assert code == 0 and best["command"] in out and best["command"].endswith("--optimizer.lr 0.0001 --batch 128")
     words = out.rpartition("llmjax train ")[2].split("\n")[0].split()
     again, out = plan(*words, "--analytic", "--json", "again.json")
     assert again == 0 and json.loads(Path("again.json").read_text())["seconds"] == best["seconds"]
