@@ -1,7 +1,8 @@
 """Llama 3 70B on 256 TPU v6e: fully sharded 64 ways, tensor- and sequence-parallel 4 ways.
 
 Put your text in data/corpus and its tokenizer at data/tokenizer.json, or name others with --data.path and
---data.tokenizer.path. Not run yet on this hardware. `llmjax plan` (2026-11-25) foresees 62 s a step, 67,362 tokens/s and 14.4 of 30 GiB.
+--data.tokenizer.path. Not run yet on this hardware.
+`llmjax plan` (2026-11-25) foresees 62 s a step, 67,362 tokens/s and 14.4 of 30 GiB.
 """
 
 from llmjax import layout

@@ -1,7 +1,8 @@
 """Llama 3 8B on 64 TPU v5p: fully sharded over the slice.
 
 Put your text in data/corpus and its tokenizer at data/tokenizer.json, or name others with --data.path and
---data.tokenizer.path. Not run yet on this hardware. `llmjax plan` (2026-11-25) foresees 14.9 s a step, 140,504 tokens/s and 17 of 89 GiB, and
+--data.tokenizer.path. Not run yet on this hardware.
+`llmjax plan` (2026-11-25) foresees 14.9 s a step, 140,504 tokens/s and 17 of 89 GiB, and
 with `--search` 10.3 s for `--layout fsdp_ring --axes.fsdp 32 --axes.context 2 --remat none`.
 """
 
