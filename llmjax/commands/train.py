@@ -15,13 +15,14 @@ import llmjax
 from llmjax import mesh as meshes
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints, like
+from llmjax.checkpoint.retention import Retention
 from llmjax.data.dataset import check_rows
 from llmjax.errors import DATA, DONE, IO, PREEMPTED, USAGE, Refused
 from llmjax.evaluate.generate import Sampling, complete
 from llmjax.mesh import Axes
 from llmjax.plan import kept
 from llmjax.processes import Processes
-from llmjax.run import FREE, Run, differences, to_json
+from llmjax.run import FREE, Run, differences, fingerprint, to_json
 from llmjax.train import loop
 from llmjax.train.display import Display, count, duration, memory
 from llmjax.train.loop import Ledger
@@ -54,7 +55,8 @@ def train(run: Run, processes: Processes = Processes(), display: Display | None 
     cache_compiled_programs(Path(run.runs))
     with contextlib.ExitStack() as stack:
         stack.enter_context(program.context())
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=run.keep))
+        retention = Retention(run.keep, run.keep_every, run.keep_best)
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", retention, display.say))
         records = stack.enter_context(Records(folder)) if first else None
         ledger = Ledger(display, checkpoints, records)
         state, start = restore(program, dataset, ledger)
@@ -150,7 +152,7 @@ def open_data(program: Program, display: Display, first: bool):
 
 def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
     """The state to go on from, and the number of steps it has done."""
-    step = ledger.checkpoints.latest()
+    step = ledger.checkpoints.newest_verified()
     if step is None:
         if ledger.records:
             ledger.records.rewind(0)
@@ -160,6 +162,12 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
         raise Refused(
             f"checkpoint {step} of {program.run.folder()} was trained on other data than this (the corpus or its "
             f"tokenizer changed): bring the old data back, or start afresh with another --name.",
+            DATA,
+        )
+    if facts.get("config") not in (None, fingerprint(program.run)):
+        raise Refused(
+            f"checkpoint {step} of {program.run.folder()} was written by a run of another config than its run.json "
+            f"says: continue it where it was written, or start afresh with another --name.",
             DATA,
         )
     workers, data = facts.get("mesh", {}).get("data"), program.mesh.shape["data"]

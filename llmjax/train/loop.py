@@ -5,11 +5,12 @@ It dispatches a step and then reads the metrics of the one before, so it never w
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.data.batches import order, place, prefetch
 from llmjax.errors import NON_FINITE, Refused
 from llmjax.optim import schedules
+from llmjax.run import fingerprint
 from llmjax.train import diloco
 from llmjax.train.display import Display
 from llmjax.train.program import Program
@@ -71,11 +73,12 @@ def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, s
             if saves or evaluates or done == run.steps:
                 report(pending)
                 pending = None
+            evaluated = {}
             if evaluates:
-                evaluate(program, state, dataset, ledger, done, rows=run.eval_rows)
+                evaluated = evaluate(program, state, dataset, ledger, done, rows=run.eval_rows)
                 report.restart()
             if saves and done < run.steps:
-                save(program, state, done, dataset, ledger)
+                save(program, state, done, dataset, ledger, evaluated)
             if stop(done):
                 break
         if pending:
@@ -165,14 +168,19 @@ def evaluate(
     return facts
 
 
-def save(program: Program, state: State, step: int, dataset, ledger: Ledger) -> None:
-    """Starts a checkpoint of the state after `step` steps, unless it is there."""
-    if step in ledger.checkpoints.steps():
+def save(
+    program: Program, state: State, step: int, dataset, ledger: Ledger, evaluated: Mapping[str, float] = {}
+) -> None:
+    """Starts a checkpoint of the state after `step` steps, unless it is there; `evaluated` is what `evaluate` found."""
+    if ledger.checkpoints.has(step):
         return
     run = program.run
+    packages = ("llmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     facts = dict(
-        step=step, tokens=step * run.batch * run.sequence, data=dataset.fingerprint,
-        mesh=dict(program.mesh.shape), layout=run.layout.name, jax=jax.__version__,
+        step=step, tokens=step * run.batch * run.sequence, data=dataset.fingerprint, config=fingerprint(run),
+        mesh=dict(program.mesh.shape), layout=run.layout.name, processes=jax.process_count(),
+        versions={name: importlib.metadata.version(name) for name in packages},
+        **{name: evaluated[name] for name in ("eval_loss",) if name in evaluated},
     )  # fmt: skip
     ledger.checkpoints.save(step, state, facts)
     ledger.event("save", step=step)
