@@ -27,7 +27,7 @@ from llmjax.checkpoint.retention import Retention
 from llmjax.errors import DATA, IO, Refused
 
 UNSEALED, DROPPED = ".unsealed", ".dropped"  # a step that has no manifest yet, and one that is being deleted
-UNFINISHED = re.compile(rf"\d+({UNSEALED}|{DROPPED})?(\.orbax-checkpoint-tmp.*)?")
+UNFINISHED = re.compile(rf"\d+({UNSEALED}|{DROPPED}|({UNSEALED})?\.orbax-checkpoint-tmp.*)")
 
 
 class Checkpoints:
@@ -257,8 +257,7 @@ class Checkpoints:
         """Before the first save: deletes what killed processes left half written or half deleted."""
         if jax.process_index() == 0 and not self._tidied and self.folder.is_dir():
             for path in list(self.folder.iterdir()):
-                plain = path.name.isdecimal() or path.is_symlink() or not path.is_dir()
-                if not plain and UNFINISHED.fullmatch(path.name):
+                if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
         self._tidied = True
 

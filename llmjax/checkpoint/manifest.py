@@ -85,7 +85,7 @@ def read(folder: Path) -> Manifest:
         raise ValueError(f"{NAME} is damaged, or of another version")
     for name in files:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or str(path) != name:
+        if path.is_absolute() or ".." in path.parts or not path.parts or str(path) != name:
             raise ValueError(f"{NAME} names {name!r}, which does not lie in its folder")
     return manifest
 
