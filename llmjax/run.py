@@ -83,6 +83,8 @@ class Run:
     "Held-out sequences of an evaluation on the way; the last one uses all."
     save_every: int = 0
     "Steps between checkpoints; 0: only at the end or when interrupted."
+    save_minutes: float = 0.0
+    "Save as well when so many minutes have passed since the last checkpoint; 0: never for that reason."
     keep: int = 2
     "Newest checkpoints kept."
     keep_every: int = 0
@@ -103,7 +105,7 @@ class Run:
 
 # What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
 FREE = frozenset({"mesh", "axes", "layout", "pipeline", "accumulate", "remat", "eval_every", "eval_rows", "save_every",
-                  "keep", "keep_every", "keep_best", "prompts", "runs"})  # fmt: skip
+                  "save_minutes", "keep", "keep_every", "keep_best", "prompts", "runs"})  # fmt: skip
 
 
 def fingerprint(run: Run) -> str:

@@ -1,7 +1,6 @@
 """From a Run to a trained model: set up, resume, train, evaluate, complete the prompts, sum up."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import jax
 
-import llmjax
 from llmjax import mesh as meshes
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints, like
@@ -271,14 +269,12 @@ def next_steps(run: Run) -> str:
 
 def write_environment(folder: Path, program: Program, devices: list) -> None:
     """env.json: versions, commit, devices and mesh of this start."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
     facts = dict(
         python=platform.python_version(),
-        llmjax=llmjax.__version__,
-        versions={name: importlib.metadata.version(name) for name in packages},
+        versions=loop.versions(),
         commit=git.stdout.strip() or None,
         devices=[str(device) for device in devices[:64]],
         device_count=len(devices),

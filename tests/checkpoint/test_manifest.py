@@ -4,6 +4,9 @@ import concurrent.futures
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -286,3 +289,55 @@ def test_a_manifest_says_size_and_sha256_of_every_file(written):
 def test_many_may_read_back_at_once(written):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert set(pool.map(lambda _: manifest.damage(written / "12", threads=3), range(16))) == {None}
+
+
+KILLED = """
+import os, shutil, signal, sys
+import jax.numpy as jnp
+from llmjax.checkpoint import manifest
+from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.checkpoint.retention import Retention
+folder, where = sys.argv[1:]
+def killed(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+def armed():
+    if where == "before the manifest":
+        manifest.write = killed
+    if where == "in the manifest":
+        os.replace = manifest.Path.replace = killed
+    if where == "after the manifest":
+        manifest.Path.rename = killed
+    if where == "after the name":
+        manifest.damage = killed
+    if where == "before the pruning":
+        manifest.verified = killed
+    if where == "in the pruning":
+        shutil.rmtree = lambda path, **how: (path / "MANIFEST.json").unlink() or killed() if path.exists() else None
+with Checkpoints(folder, Retention(last=2)) as checkpoints:
+    for step in (1, 2, 3):
+        if step == 3:
+            checkpoints.wait()
+            armed()
+        checkpoints.save(step, {"w": jnp.full(1000, step)}, {"step": step})
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "names", "step"),
+    [
+        ("before the manifest", {"1", "2", "3.unsealed"}, 2),
+        ("in the manifest", {"1", "2", "3.unsealed"}, 2),
+        ("after the manifest", {"1", "2", "3.unsealed"}, 2),
+        ("after the name", {"1", "2", "3"}, 3),
+        ("before the pruning", {"1", "2", "3"}, 3),
+        ("in the pruning", {"1.dropped", "2", "3"}, 3),
+    ],
+)
+def test_a_kill_at_any_point_of_a_save_leaves_the_step_whole_or_without_a_name(tmp_path, where, names, step):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), where], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert newest(tmp_path) == (step, [])
+    with Checkpoints(tmp_path, Retention(last=2)) as checkpoints:
+        checkpoints.save(4, state(4), FACTS)
+    assert {path.name for path in tmp_path.iterdir()} == {str(step), "4"} and newest(tmp_path) == (4, [])

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from llmjax import cli
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.checkpoint.checkpoints import Checkpoints, like, named
+from llmjax.commands.train import restore
+from llmjax.errors import Refused
 from llmjax.mesh import Axes
+from llmjax.run import fingerprint
 from llmjax.train.program import make
 from llmjax.train.records import read
 
@@ -277,8 +281,13 @@ def pair(place: Place) -> None:
     assert ended.code == 75 and f"Stopped and saved after step {step} of 24" in ended.out
     assert all("SIGTERM caught" in line for line in ended.err.splitlines())  # JAX's own notice
     assert checkpoints.latest() == step < STEPS  # whole, so both have saved it
-    done = place.run(*launch, "--name", "pair")
-    assert (done.code, done.err) == (0, "") and f"Continuing runs/pair from step {step}." in done.out
+    flip(checkpoints.folder / str(step) / "state" / "manifest.ocdbt")
+    before = checkpoints.steps()[-2]
+    done = place.run(*launch, "--name", "pair", "--save-minutes", "0.0001", "--keep", "99")
+    assert (done.code, done.err) == (0, "") and f"Continuing runs/pair from step {before}." in done.out
+    assert done.out.count("Passed over") == 1 and "Passed over" not in log.read_text()
+    after = [step for step in checkpoints.steps() if step > before]
+    assert after == list(range(before + 1, STEPS + 1))  # by the clock, each one by both
     assert "devices  4 x cpu, 2 processes" in done.out
     assert "process 0 of 2: 2 of 4 devices, 8 of 16 rows" in done.out
     assert log.read_text() == "process 1 of 2: 2 of 4 devices, 8 of 16 rows\n"
@@ -389,6 +398,17 @@ def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(place, became, sizes):
         wanted = like(program.abstract_state(), mesh)
         state = Checkpoints(place.runs / "4x2" / "checkpoints").restore(step, wanted)
     assert equal(jax.tree.map(np.asarray, named(state)), arrays(place.runs / "4x2"))
+
+
+def test_a_checkpoint_of_another_config_is_refused(place):
+    run = cli.load(str(place.folder / "synthetic.py"))
+    program = make(run, meshes.device_mesh(Axes(1, 1, 1, 1, 1, 1), jax.devices()[:1]), None)
+    facts = dict(config=fingerprint(dataclasses.replace(run, clip=2.0)))
+    checkpoints = types.SimpleNamespace(newest_verified=lambda: 6, facts=lambda step: facts)
+    ledger = types.SimpleNamespace(checkpoints=checkpoints, records=None)
+    with pytest.raises(Refused, match=r"checkpoint 6 .* another config .* --name") as refusal:
+        restore(program, types.SimpleNamespace(fingerprint="same"), ledger)
+    assert refusal.value.code == 65
 
 
 def test_two_processes_stop_together_and_compute_what_one_does(place, became):
