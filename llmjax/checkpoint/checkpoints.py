@@ -8,11 +8,11 @@ free of how the state is nested in this version of any library.
 
 import concurrent.futures
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +22,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from llmjax import processes
+from llmjax.checkpoint import folder as files
 from llmjax.checkpoint import manifest
 from llmjax.checkpoint.retention import Retention
 from llmjax.errors import DATA, IO, Refused
-
-UNSEALED, DROPPED = ".unsealed", ".dropped"  # a step that has no manifest yet, and one that is being deleted
-UNFINISHED = re.compile(rf"\d+({UNSEALED}|{DROPPED}|({UNSEALED})?\.orbax-checkpoint-tmp.*)")
 
 
 class Checkpoints:
@@ -60,11 +58,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a folder with something in it, oldest first, verified or not."""
-        return sorted(int(name) for name, kind in self._entries().items() if kind is None)
-
-    def ignored(self) -> dict[str, str]:
-        """What else lies in the folder, and what it is. It is never followed, read or deleted."""
-        return {name: kind for name, kind in self._entries().items() if kind and not UNFINISHED.fullmatch(name)}
+        return files.steps(self.folder)
 
     def latest(self) -> int | None:
         """The newest of `steps`, which need not be what was written."""
@@ -80,7 +74,7 @@ class Checkpoints:
         """
         found, reasons = -1, {}
         if jax.process_index() == 0:
-            for name, kind in self.ignored().items():
+            for name, kind in files.ignored(self.folder).items():
                 self.say(f"Ignored {self.folder / name}: {kind}.")
             for step in reversed(self.steps()):
                 if (reason := self.verify(step)) is None:
@@ -118,8 +112,10 @@ class Checkpoints:
           Refused: this checkpoint, or the one before, could not be written.
         """
         self.wait()
-        self._tidy()
-        ocp, path = self._orbax(), self.folder / f"{step}{UNSEALED}"
+        if jax.process_index() == 0 and not self._tidied:
+            files.tidy(self.folder)
+            self._tidied = True
+        ocp, path = self._orbax(), self.folder / f"{step}{files.UNSEALED}"
         context = ocp.Context()
         # Made in the background, a folder that cannot be made leaves threads waiting for it, which hold up the exit.
         context.asynchronous.create_directories_asynchronously = False
@@ -131,7 +127,7 @@ class Checkpoints:
         self._good.add(step)
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk, and removes the checkpoints that need not stay.
+        """Returns when everything saved is on disk, and the checkpoints that need not stay are gone.
 
         Raises:
           Refused: the checkpoint could not be written.
@@ -183,30 +179,28 @@ class Checkpoints:
             arrays = ocp.load(self.folder / str(step), wanted)
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
-    def _entries(self) -> dict[str, str | None]:
-        """Every name in the folder: what it is, or None for a step."""
-        if not self.folder.is_dir():
-            return {}
-        with os.scandir(self.folder) as entries:
-            return {entry.name: _kind(entry) for entry in sorted(entries, key=lambda entry: entry.name)}
-
     def _seal(self, written: Any, step: int, facts: dict[str, Any]) -> str | None:
-        """Once Orbax has written a step: its manifest, its name, its proof; why it cannot be read back, if it cannot.
+        """Once Orbax has written a step: its manifest, its name, its proof; then deletes what need not stay.
 
-        Runs in a thread of its own; only the first process of several does anything.
+        Returns why the step cannot be read back, if it cannot. Runs in a thread of its own; only the first process of
+        several does anything.
         """
         written.result()
         if jax.process_index() != 0:
             return None
-        unsealed, path = self.folder / f"{step}{UNSEALED}", self.folder / str(step)
+        unsealed, path = self.folder / f"{step}{files.UNSEALED}", self.folder / str(step)
         manifest.write(unsealed, facts)
-        if path.is_dir() and not path.is_symlink():
-            self._drop(step)
+        if str(step) in (others := files.ignored(self.folder)):
+            raise FileExistsError(errno.EEXIST, f"{others[str(step)]} is in its place", str(path))
+        if path.is_dir():
+            files.drop(self.folder, step)
         unsealed.rename(path)
         manifest.sync(self.folder)
         reason = manifest.damage(path)
+        (self._damaged.discard if reason is None else self._damaged.add)(step)
         if reason is None:
             manifest.mark_verified(path)
+        files.prune(self.folder, step, self.retention, self._damaged)
         return reason
 
     def _wait(self, *, together: bool) -> None:
@@ -219,47 +213,11 @@ class Checkpoints:
                 reason = sealed.result()
             done = True
         finally:
-            told = processes.agree(done) if together and jax.process_count() > 1 else done
+            told = processes.agree(done) if together else done
         if not told:
             raise Refused(f"checkpoint {step} could not be written by the first process: see its output.", IO)
-        self._damaged.discard(step)
         if reason is not None:
-            self._damaged.add(step)
             self.say(f"Checkpoint {self.folder / str(step)} is not what was written: {reason}. Look at this disk.")
-        if jax.process_index() == 0:
-            self._prune(step)
-
-    def _prune(self, newest: int) -> None:
-        """Deletes what the retention lets go of `newest` and the steps before it; without a manifest, a step is not
-        ours to delete."""
-        losses, verified = {}, set()
-        ours = [step for step in self.steps() if (self.folder / str(step) / manifest.NAME).is_file()]
-        for step in ours:
-            if step not in self._damaged:
-                with contextlib.suppress(ValueError):
-                    losses[step] = manifest.read(self.folder / str(step)).facts.get("eval_loss")
-                if manifest.verified(self.folder / str(step)):
-                    verified.add(step)
-        stay = self.retention.kept(losses, verified)
-        for step in ours:
-            if step < newest and step not in stay:
-                self._drop(step)
-
-    def _drop(self, step: int) -> None:
-        """Deletes a step; half deleted, it no longer has the name of one."""
-        dropped = self.folder / f"{step}{DROPPED}"
-        with contextlib.suppress(OSError):
-            shutil.rmtree(dropped, ignore_errors=True)
-            (self.folder / str(step)).rename(dropped)
-            shutil.rmtree(dropped, ignore_errors=True)
-
-    def _tidy(self) -> None:
-        """Before the first save: deletes what killed processes left half written or half deleted."""
-        if jax.process_index() == 0 and not self._tidied and self.folder.is_dir():
-            for path in list(self.folder.iterdir()):
-                if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-        self._tidied = True
 
     def _none_verifies(self, reasons: dict[int, str]) -> str:
         listed = "; ".join(f"{step}: {reason}" for step, reason in list(reasons.items())[:8]) or "see process 0"
@@ -325,17 +283,6 @@ class Checkpoints:
                 f"give a folder that can be written with --runs, then run the same command to continue.",
                 IO,
             ) from error
-
-
-def _kind(entry: os.DirEntry) -> str | None:
-    """What an entry of the folder is, in words; None for a step."""
-    if entry.is_symlink():
-        return "a symbolic link, which is not followed"
-    if not entry.is_dir():
-        return "a file"
-    if not (entry.name.isdecimal() and entry.name.isascii() and str(int(entry.name)) == entry.name):
-        return "a folder whose name is no step"
-    return None if any(os.scandir(entry.path)) else "an empty folder"
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def damage(folder: Path, *, content: bool = True, threads: int = 1) -> str | Non
             digests = pool.map(lambda name: _sha256(folder / name), manifest.files)
             for (name, (_, expected)), digest in zip(manifest.files.items(), digests, strict=True):
                 if digest != expected:
+                    pool.shutdown(cancel_futures=True)
                     return f"{name} holds other bytes than were written"
     except ValueError as error:
         return str(error)

@@ -8,6 +8,7 @@ import tyro
 
 from llmjax.checkpoint import manifest
 from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.checkpoint.folder import ignored
 from llmjax.commands.generate import find
 from llmjax.errors import DATA, DONE, Refused
 from llmjax.train.display import Display, duration, memory
@@ -41,7 +42,7 @@ def checkpoints(asked: Options, display: Display | None = None) -> int:
             known = ", ".join(map(str, steps)) or "none"
             raise Refused(f"{folder} has no checkpoint of step {asked.trust} to trust: it has {known}.", DATA)
         trust(held, asked.trust)
-    for name, kind in held.ignored().items():
+    for name, kind in ignored(held.folder).items():
         display.say(f"Ignored {held.folder / name}: {kind}.")
     if not steps:
         display.say(f"{folder} has no checkpoint yet.")

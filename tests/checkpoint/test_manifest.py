@@ -16,6 +16,7 @@ import pytest
 
 from llmjax.checkpoint import manifest
 from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.checkpoint.folder import prune, steps
 from llmjax.checkpoint.retention import Retention
 from llmjax.errors import DATA, IO, Refused
 
@@ -192,6 +193,18 @@ def test_foreign_entries_are_named_and_neither_followed_nor_deleted(folder, tmp_
     assert len(files(tmp_path / "elsewhere")) == len(files(folder / "100"))
 
 
+@pytest.mark.parametrize("kind", ["a file", "a symbolic link"])
+def test_what_is_in_the_place_of_a_step_is_not_replaced_by_it(tmp_path, kind):
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "7").touch() if kind == "a file" else (folder / "7").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Refused, match=f"checkpoint 7 could not be written .*{kind}.* is in its place") as refused:  # noqa: SIM117
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(7, state(7), FACTS)
+    assert refused.value.code == IO and (folder / "7").exists() and not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_checkpoint_that_was_passed_over_is_written_anew(folder):
     (folder / "12" / "commit_success.txt").write_text("harmed")
     with Checkpoints(folder, say=lambda line: None) as checkpoints:
@@ -275,9 +288,8 @@ def test_the_checkpoints_that_retention_wants_are_on_disk_and_a_step_without_a_m
 def test_the_newest_verified_stays_when_the_ones_after_it_were_never_read_back(folder):
     for step in (8, 12):
         (folder / str(step) / "VERIFIED").unlink()
-    checkpoints = Checkpoints(folder, Retention(last=1))
-    checkpoints._prune(12)
-    assert checkpoints.steps() == [4, 12]
+    prune(folder, 12, Retention(last=1), set())
+    assert steps(folder) == [4, 12]
 
 
 def test_a_manifest_says_size_and_sha256_of_every_file(written):

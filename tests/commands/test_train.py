@@ -402,7 +402,8 @@ def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(place, became, sizes):
 
 def test_a_checkpoint_of_another_config_is_refused(place):
     run = cli.load(str(place.folder / "synthetic.py"))
-    program = make(run, meshes.device_mesh(Axes(1, 1, 1, 1, 1, 1), jax.devices()[:1]), None)
+    mesh = meshes.device_mesh(Axes(1, 1, 1, 1, 1, 1), jax.devices()[:1])
+    program = make(run, mesh, meshes.chip_of(run.mesh, jax.devices()))
     facts = dict(config=fingerprint(dataclasses.replace(run, clip=2.0)))
     checkpoints = types.SimpleNamespace(newest_verified=lambda: 6, facts=lambda step: facts)
     ledger = types.SimpleNamespace(checkpoints=checkpoints, records=None)
