@@ -207,14 +207,14 @@ class Checkpoints:
         if self._writing is None:
             return
         (step, sealed), self._writing = self._writing, None
-        done, reason = False, None
         try:
             with self._failures(step):
                 reason = sealed.result()
-            done = True
-        finally:
-            told = processes.agree(done) if together else done
-        if not told:
+        except Refused:
+            if together:
+                processes.agree(False)
+            raise
+        if together and not processes.agree(True):
             raise Refused(f"checkpoint {step} could not be written by the first process: see its output.", IO)
         if reason is not None:
             self.say(f"Checkpoint {self.folder / str(step)} is not what was written: {reason}. Look at this disk.")

@@ -41,7 +41,8 @@ def checkpoints(asked: Options, display: Display | None = None) -> int:
         if asked.trust not in steps:
             known = ", ".join(map(str, steps)) or "none"
             raise Refused(f"{folder} has no checkpoint of step {asked.trust} to trust: it has {known}.", DATA)
-        trust(held, asked.trust)
+        with held:
+            trust(held, asked.trust)
     for name, kind in ignored(held.folder).items():
         display.say(f"Ignored {held.folder / name}: {kind}.")
     if not steps:
@@ -51,7 +52,10 @@ def checkpoints(asked: Options, display: Display | None = None) -> int:
     rows = [row(held.folder / str(step), reasons[step]) for step in steps]
     display.table(["step", "size", "age", "tokens", "read back"], rows)
     if bad := [step for step, why in reasons.items() if why]:
-        display.say(f"{len(bad)} of {len(steps)} are not what was written; training continues from the newest other.")
+        what_next = (
+            "training continues from the newest other" if len(bad) < len(steps) else "training refuses to continue"
+        )
+        display.say(f"{len(bad)} of {len(steps)} not verified; {what_next}.")
     elif not asked.verify:
         display.say("--verify reads them all back.")
     return DATA if bad else DONE

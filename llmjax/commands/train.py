@@ -153,6 +153,8 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
     step = ledger.checkpoints.newest_verified()
     if step is None:
         if ledger.records:
+            if read(program.run.folder() / "metrics.jsonl"):
+                ledger.display.say(f"{program.run.folder()} has no checkpoint yet: starting again from step 0.")
             ledger.records.rewind(0)
         return program.init(jax.random.key(program.run.seed)), 0
     facts = ledger.checkpoints.facts(step)

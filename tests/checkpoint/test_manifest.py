@@ -166,8 +166,10 @@ def test_a_checkpoint_of_an_older_version_is_taken_once_a_person_says_so(folder)
         (folder / str(step) / "MANIFEST.json").unlink()
     with pytest.raises(Refused, match=r"llmjax checkpoints .* --trust 12"):
         newest(folder)
-    Checkpoints(folder).trust(12)
-    assert newest(folder) == (12, []) and Checkpoints(folder).facts(12) == FACTS
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.trust(12)
+        assert checkpoints.facts(12) == FACTS
+    assert newest(folder) == (12, [])
 
 
 def test_foreign_entries_are_named_and_neither_followed_nor_deleted(folder, tmp_path):

@@ -5,6 +5,8 @@ import pytest
 
 from llmjax import cli
 from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.commands.generate import choose_step
+from llmjax.errors import Refused
 
 
 @pytest.fixture
@@ -46,9 +48,11 @@ def test_a_checkpoint_that_is_not_what_was_written_is_shown_and_the_code_says_so
     assert listed("mine")[0] == 0  # names and sizes are right
     code, out = listed("mine", "--verify")
     assert code == 65 and "no: commit_success.txt holds other bytes than were written" in out
-    assert "1 of 2 are not what was written; training continues from the newest other." in out
+    assert "1 of 2 not verified; training continues from the newest other." in out
     path.unlink()
     assert listed("mine")[0] == 65
+    (tmp_path / "runs" / "mine" / "checkpoints" / "4" / "MANIFEST.json").unlink()
+    assert "2 of 2 not verified; training refuses to continue." in listed("mine")[1]
 
 
 def test_a_checkpoint_without_a_manifest_is_taken_when_asked_to(listed, tmp_path):
@@ -69,3 +73,17 @@ def test_what_else_is_there_is_named_and_a_run_that_is_not_there_is_refused(list
     assert "99: an empty folder." in listed("mine")[1]
     code, out = listed("mien")
     assert code == 2 and "there is no run 'mien' in runs: did you mean mine?" in out
+
+
+def test_text_is_completed_from_no_checkpoint_that_is_not_what_was_written(listed, tmp_path):
+    folder = tmp_path / "runs" / "mine"
+    said: list[str] = []
+    checkpoints = Checkpoints(folder / "checkpoints", say=said.append)
+    assert choose_step(checkpoints, -1, folder) == 8 and choose_step(checkpoints, 4, folder) == 4
+    (folder / "checkpoints" / "8" / "commit_success.txt").write_text("harmed")
+    assert choose_step(checkpoints, -1, folder) == 4 and len(said) == 1 and "Passed over" in said[0]
+    with pytest.raises(
+        Refused, match=r"checkpoint 8 of .* is not what was written .* choose another --step"
+    ) as refused:
+        choose_step(checkpoints, 8, folder)
+    assert refused.value.code == 65

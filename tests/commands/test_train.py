@@ -154,12 +154,12 @@ def losses(folder: Path) -> np.ndarray:
 
 def arrays(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint, by default of the newest."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    step = checkpoints.latest() if step is None else step
-    stored = ocp.metadata(checkpoints.folder / str(step)).metadata
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for name, a in stored.items()}
-    return jax.tree.map(np.asarray, checkpoints.restore(step, wanted))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        step = checkpoints.latest() if step is None else step
+        stored = ocp.metadata(checkpoints.folder / str(step)).metadata
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for name, a in stored.items()}
+        return jax.tree.map(np.asarray, checkpoints.restore(step, wanted))
 
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -396,7 +396,8 @@ def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(place, became, sizes):
     mesh = meshes.device_mesh(Axes(1, 1, fsdp, 1, 1, tensor), jax.devices()[: fsdp * tensor])
     with (program := make(run, mesh, meshes.chip_of(run.mesh, jax.devices()))).context():
         wanted = like(program.abstract_state(), mesh)
-        state = Checkpoints(place.runs / "4x2" / "checkpoints").restore(step, wanted)
+        with Checkpoints(place.runs / "4x2" / "checkpoints") as checkpoints:
+            state = checkpoints.restore(step, wanted)
     assert equal(jax.tree.map(np.asarray, named(state)), arrays(place.runs / "4x2"))
 
 
