@@ -20,6 +20,10 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     for field, least in _LEAST.items():
         if not getattr(run, field) >= least:
             raise Refused(f"{field} is {getattr(run, field)}: give at least {least}.")
+    if run.keep_best and not (run.eval_every and (run.save_every or run.save_minutes)):
+        raise Refused(
+            f"keep_best is {run.keep_best}, but no step both evaluates and saves: give --eval-every and --save-every."
+        )
     if "" in run.prompts:
         raise Refused("prompts holds an empty text: give each prompt some text, or none with --prompts alone.")
     _check_batch(run, axes, accumulate)
@@ -38,8 +42,9 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
 
 
 _LEAST = dict(
-    steps=1, batch=1, sequence=1, accumulate=0, clip=0, seed=0, eval_every=0, eval_rows=1, save_every=0, keep=1
-)
+    steps=1, batch=1, sequence=1, accumulate=0, clip=0, seed=0, eval_every=0, eval_rows=1, save_every=0, keep=1,
+    save_minutes=0, keep_every=0, keep_best=0,
+)  # fmt: skip
 _WORDS = dict(
     D="model.width", E="model.experts", H="model.heads", G="model.kv_heads", K="model.head_dim", F="model.ff",
     V="model.vocab", P="model.positions", T="sequence",

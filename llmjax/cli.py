@@ -20,6 +20,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
 
   llmjax train [EXPERIMENT] [--field value ...]   train, or continue, an experiment (default: stdlib_tiny)
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
+  llmjax checkpoints RUN [--verify]               list a run's checkpoints; read them back
   llmjax launch --processes N --devices D train … the same command on N processes of this machine
   llmjax parity [EXPERIMENT] [--layouts …]        show that every layout gives the same numbers (default: stdlib_tiny)
   llmjax plan [EXPERIMENT] [--mesh NAME] ...      foresee memory, messages and speed on any cluster
@@ -31,7 +32,7 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "generate", "launch", "parity", "plan", "bench", "experiments", "meshes")
+COMMANDS = ("train", "generate", "checkpoints", "launch", "parity", "plan", "bench", "experiments", "meshes")
 LAUNCHED = ("train", "parity", "bench")  # what several processes can do together
 
 
@@ -100,6 +101,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _bench(*_experiment(arguments, "bench_small"))
         case "generate":
             return _generate(arguments)
+        case "checkpoints":
+            return _checkpoints(arguments)
         case "launch":
             return _launch(arguments)
         case "experiments" | "meshes":
@@ -241,6 +244,14 @@ def _generate(arguments: list[str]) -> int:
     from llmjax.commands.generate import Generate, generate
 
     return generate(tyro.cli(Generate, args=arguments, prog="llmjax generate"))
+
+
+def _checkpoints(arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.commands.checkpoints import Options, checkpoints
+
+    return checkpoints(tyro.cli(Options, args=arguments, prog="llmjax checkpoints"))
 
 
 def _launch(arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Run: one frozen value that says everything a run is, and its form as JSON."""
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import sys
@@ -82,8 +83,14 @@ class Run:
     "Held-out sequences of an evaluation on the way; the last one uses all."
     save_every: int = 0
     "Steps between checkpoints; 0: only at the end or when interrupted."
+    save_minutes: float = 0.0
+    "Save as well when so many minutes have passed since the last checkpoint; 0: never for that reason."
     keep: int = 2
-    "Checkpoints kept."
+    "Newest checkpoints kept."
+    keep_every: int = 0
+    "Checkpoints of a step that is a multiple of this are kept as well; 0: none for that reason."
+    keep_best: int = 0
+    "So many with the lowest held-out loss are kept as well, of those saved at a step with an evaluation."
     prompts: tuple[str, ...] = ()
     "Texts to complete when training ends."
     name: str = ""
@@ -98,7 +105,13 @@ class Run:
 
 # What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
 FREE = frozenset({"mesh", "axes", "layout", "pipeline", "accumulate", "remat", "eval_every", "eval_rows", "save_every",
-                  "keep", "prompts", "runs"})  # fmt: skip
+                  "save_minutes", "keep", "keep_every", "keep_best", "prompts", "runs"})  # fmt: skip
+
+
+def fingerprint(run: Run) -> str:
+    """sha256 of all that decides what the run computes, as hex: two starts of one run have the same."""
+    fields = {name: value for name, value in to_json(run).items() if name not in FREE | {"is", "name"}}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def to_json(value: Any) -> Any:

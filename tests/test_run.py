@@ -121,6 +121,10 @@ def test_another_class_or_a_missing_field_is_a_difference():
 
 def test_what_may_change_between_two_starts_are_fields_of_a_run():
     assert {field.name for field in dataclasses.fields(Run)} >= runs.FREE
+    moved = changed(TINY, **dict.fromkeys(runs.FREE), name="other")
+    assert runs.fingerprint(moved) == runs.fingerprint(TINY)
+    for other in (dict(seed=1), dict(model__ff=128), dict(optimizer__lr=1e-5), dict(data__vocab=63)):
+        assert runs.fingerprint(changed(TINY, **other)) != runs.fingerprint(TINY)
     assert not runs.FREE & {"model", "data", "optimizer", "loss", "steps", "batch", "sequence", "dtype", "clip", "seed"}
 
 
@@ -144,6 +148,9 @@ def test_a_run_that_fits_is_not_refused():
         (dict(eval_rows=0), "eval_rows is 0: give at least 1", dict(eval_rows=1)),
         (dict(save_every=-5), "save_every is -5: give at least 0", dict(save_every=0)),
         (dict(keep=0), "keep is 0: give at least 1", dict(keep=1)),
+        (dict(keep_every=-1), "keep_every is -1: give at least 0", dict(keep_every=4)),
+        (dict(save_minutes=-1), "save_minutes is -1: give at least 0", dict(save_minutes=5)),
+        (dict(keep_best=1), "keep_best is 1, but no step both", dict(keep_best=1, eval_every=8, save_every=8)),
         (dict(prompts=("def ", "")), "prompts holds an empty text", dict(prompts=())),
         (dict(batch=6), "batch is 6, which fsdp 4 does not divide: use batch 8", dict(batch=8)),
         (dict(batch=2), "batch is 2, which fsdp 4 does not divide: use batch 4", dict(batch=4)),

@@ -1,99 +1,159 @@
 """Checkpoints of a run: written by Orbax in the background, each array in shards, read back on any mesh.
 
-A checkpoint is a folder named by its step. Orbax writes it under another name and renames it when it is whole, so a
-folder with a plain number is complete whenever the process was killed. Arrays are stored by readable names, such as
-`model.blocks.query_DHK`, free of how the state is nested in this version of any library.
+A checkpoint is a folder named by its step. Orbax writes it under another name; a thread of the first process then adds
+the manifest of its files, renames it, and reads it back. So a folder with a plain number is complete, and provably what
+was written, whenever the process was killed. Arrays are stored by readable names, such as `model.blocks.query_DHK`,
+free of how the state is nested in this version of any library.
 """
 
+import concurrent.futures
 import contextlib
+import errno
 import json
 import logging
+import os
 import re
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from llmjax import processes
+from llmjax.checkpoint import folder as files
+from llmjax.checkpoint import manifest
+from llmjax.checkpoint.retention import Retention
 from llmjax.errors import DATA, IO, Refused
-
-TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a folder that Orbax has not finished
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which the newest `keep` stay; a resource, to be used in a `with`.
+    """The checkpoints in a folder, of which some stay (`retention`); a resource, to be used in a `with`.
 
-    With several processes, all of them call every method, at the same point.
+    With several processes, all of them call every method, at the same point; the first one reads, hashes and decides.
+    `say` is told in a line what is passed over or found damaged.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
-        self.folder, self.keep = Path(folder).absolute(), keep
-        self._writing: tuple[int, Any] | None = None
+    def __init__(self, folder: Path, retention: Retention = Retention(), say: Callable[[str], None] = print):
+        self.folder, self.retention, self.say = Path(folder).absolute(), retention, say
+        self._writing: tuple[int, concurrent.futures.Future[str | None]] | None = None
+        self._good: set[int] = set()  # verified or written by this process
+        self._damaged: set[int] = set()
+        self._tidied = False
         self._log: logging.Logger | None = None
         self._logged: list[BaseException] = []
 
     def __enter__(self) -> "Checkpoints":
-        if jax.process_index() == 0 and self.folder.is_dir():
-            for unfinished in self.folder.glob(f"*{TEMPORARY}*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         first_counts = contextlib.nullcontext() if error is None else contextlib.suppress(Refused)
         try:
             with first_counts:
-                self.wait()
+                self._wait(together=error is None)
         finally:
             if self._log is not None:
                 self._log.removeFilter(self._hold)
 
     def steps(self) -> list[int]:
-        """The steps with a complete checkpoint, oldest first. Other files and folders are left alone."""
-        if not self.folder.is_dir():
-            return []
-        found = (path for path in self.folder.iterdir() if path.name.isdecimal() and str(int(path.name)) == path.name)
-        return sorted(int(path.name) for path in found if (path / "_CHECKPOINT_METADATA").is_file())
+        """The steps that have a folder with something in it, oldest first, verified or not."""
+        return files.steps(self.folder)
 
     def latest(self) -> int | None:
-        """The newest of `steps`."""
+        """The newest of `steps`, which need not be what was written."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        """Starts to write `state`, with `facts` (JSON) inside; waits only for the checkpoint before.
+    def newest_verified(self) -> int | None:
+        """The newest step whose files are, to the last byte, what was written; None if there is no step at all.
 
-        The arrays may be donated as soon as this returns.
+        Says in a line which steps it passed over and what it ignored, and why.
+
+        Raises:
+          Refused: there are steps, and none of them verifies.
+        """
+        found, reasons = -1, {}
+        if jax.process_index() == 0:
+            for name, kind in files.ignored(self.folder).items():
+                self.say(f"Ignored {self.folder / name}: {kind}.")
+            for step in reversed(self.steps()):
+                if (reason := self.verify(step)) is None:
+                    found = step
+                    break
+                reasons[step] = reason
+            for step, reason in reasons.items() if found >= 0 else ():
+                self.say(f"Passed over checkpoint {self.folder / str(step)}: {reason}.")
+        found = processes.agree(-2 if found < 0 and reasons else found)
+        if found == -2:
+            raise Refused(self._none_verifies(reasons), DATA)
+        if found >= 0:
+            self._good.add(found)
+        return found if found >= 0 else None
+
+    def verify(self, step: int) -> str | None:
+        """Reads all of a checkpoint back: why it is not what was written, or None if it is, which is then noted."""
+        folder = self.folder / str(step)
+        reason = manifest.damage(folder, threads=min(8, os.cpu_count() or 1))
+        (self._damaged.discard if reason is None else self._damaged.add)(step)
+        if reason is None:
+            manifest.mark_verified(folder)
+        return reason
+
+    def has(self, step: int) -> bool:
+        """Whether this step was verified or saved since the start; the same on every process."""
+        return step in self._good
+
+    def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
+        """Starts to write `state`, with `facts` (JSON) in its manifest; waits only for the checkpoint before.
+
+        The arrays may be donated as soon as this returns. A checkpoint of this step that is there is replaced.
 
         Raises:
           Refused: this checkpoint, or the one before, could not be written.
         """
         self.wait()
-        ocp, path = self._orbax(), self.folder / str(step)
+        if jax.process_index() == 0 and not self._tidied:
+            files.tidy(self.folder)
+            self._tidied = True
+        ocp, path = self._orbax(), self.folder / f"{step}{files.UNSEALED}"
         context = ocp.Context()
         # Made in the background, a folder that cannot be made leaves threads waiting for it, which hold up the exit.
         context.asynchronous.create_directories_asynchronously = False
         with self._failures(step), context:
-            self._writing = step, ocp.save_async(path, named(state), overwrite=True, custom_metadata=facts)
+            written = ocp.save_async(path, named(state), overwrite=True, custom_metadata=facts)
+            pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+            self._writing = step, pool.submit(self._seal, written, step, facts)
+            pool.shutdown(wait=False)
+        self._good.add(step)
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk, and removes checkpoints beyond `keep`."""
-        if self._writing is None:
-            return
-        (step, response), self._writing = self._writing, None
-        with self._failures(step):
-            response.result()
-        if jax.process_index() == 0:
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.folder / str(old), ignore_errors=True)
+        """Returns when everything saved is on disk, and the checkpoints that need not stay are gone.
+
+        Raises:
+          Refused: the checkpoint could not be written.
+        """
+        self._wait(together=True)
 
     def facts(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays.
 
         Raises:
-          Refused: the checkpoint cannot be read.
+          Refused: the manifest cannot be read.
         """
-        return dict(self._metadata(step).custom_metadata or {})
+        try:
+            return manifest.read(self.folder / str(step)).facts
+        except ValueError as error:
+            raise self._unreadable(step, str(error)) from error
+
+    def trust(self, step: int) -> None:
+        """Takes a checkpoint without a whole manifest, as older versions wrote them, as it is: writes its manifest.
+
+        Raises:
+          Refused: it is no checkpoint of Orbax, or cannot be written.
+        """
+        facts = dict(self._metadata(step).custom_metadata or {})
+        with self._failures(step):
+            manifest.write(self.folder / str(step), facts)
 
     def restore(self, step: int, like: Any) -> Any:
         """The arrays of a checkpoint in the structure, and on the devices, of `like`; see `like`.
@@ -118,6 +178,64 @@ class Checkpoints:
         with self._reading(step), context:
             arrays = ocp.load(self.folder / str(step), wanted)
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+    def _seal(self, written: Any, step: int, facts: dict[str, Any]) -> str | None:
+        """Once Orbax has written a step: its manifest, its name, its proof; then deletes what need not stay.
+
+        Returns why the step cannot be read back, if it cannot. Runs in a thread of its own; only the first process of
+        several does anything.
+        """
+        written.result()
+        if jax.process_index() != 0:
+            return None
+        unsealed, path = self.folder / f"{step}{files.UNSEALED}", self.folder / str(step)
+        manifest.write(unsealed, facts)
+        if str(step) in (others := files.ignored(self.folder)):
+            raise FileExistsError(errno.EEXIST, f"{others[str(step)]} is in its place", str(path))
+        if path.is_dir():
+            files.drop(self.folder, step)
+        unsealed.rename(path)
+        manifest.sync(self.folder)
+        reason = manifest.damage(path)
+        (self._damaged.discard if reason is None else self._damaged.add)(step)
+        if reason is None:
+            manifest.mark_verified(path)
+        files.prune(self.folder, step, self.retention, self._damaged)
+        return reason
+
+    def _wait(self, *, together: bool) -> None:
+        if self._writing is None:
+            return
+        (step, sealed), self._writing = self._writing, None
+        try:
+            with self._failures(step):
+                reason = sealed.result()
+        except Refused:
+            if together:
+                processes.agree(False)
+            raise
+        if together and not processes.agree(True):
+            raise Refused(f"checkpoint {step} could not be written by the first process: see its output.", IO)
+        if reason is not None:
+            self.say(f"Checkpoint {self.folder / str(step)} is not what was written: {reason}. Look at this disk.")
+
+    def _none_verifies(self, reasons: dict[int, str]) -> str:
+        listed = "; ".join(f"{step}: {reason}" for step, reason in list(reasons.items())[:8]) or "see process 0"
+        older = next((step for step, reason in reasons.items() if manifest.NAME in reason), None)
+        trust = (
+            "" if older is None else f", take one as it is (llmjax checkpoints {self.folder.parent} --trust {older})"
+        )
+        return (
+            f"no checkpoint in {self.folder} is what was written ({listed}): bring one back from a copy{trust}, "
+            f"or start afresh with another --name."
+        )
+
+    def _unreadable(self, step: int, why: str) -> Refused:
+        path, others = self.folder / str(step), [s for s in self.steps() if s != step]
+        remedy = (
+            f"delete that folder to continue from step {others[-1]}" if others else "start afresh with another --name"
+        )
+        return Refused(f"checkpoint {path} cannot be read ({why}): {remedy}.", DATA)
 
     def _metadata(self, step: int):
         with self._reading(step):
@@ -152,13 +270,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-            path, others = self.folder / str(step), [s for s in self.steps() if s != step]
-            remedy = (
-                f"delete that folder to continue from step {others[-1]}"
-                if others
-                else "start afresh with another --name"
-            )
-            raise Refused(f"checkpoint {path} cannot be read ({cause(error, path)}): {remedy}.", DATA) from error
+            raise self._unreadable(step, cause(error, self.folder / str(step))) from error
         sys.unraisablehook = hook  # only where all went well: after a failure the others speak when they are collected
 
     @contextlib.contextmanager

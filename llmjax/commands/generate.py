@@ -71,10 +71,14 @@ def find(name: str, runs: str) -> Path:
 
 
 def choose_step(checkpoints: Checkpoints, step: int, folder: Path) -> int:
-    """The checkpoint asked for, or the newest."""
+    """The checkpoint asked for, or the newest; one that is what was written."""
     steps = checkpoints.steps()
     if not steps:
         raise Refused(f"{folder} has no checkpoint yet: train it first (llmjax train {folder.name}).", DATA)
-    if step != -1 and step not in steps:
+    if step == -1:
+        return checkpoints.newest_verified()
+    if step not in steps:
         raise Refused(f"{folder} has no checkpoint of step {step}: choose one of {', '.join(map(str, steps))}.", DATA)
-    return steps[-1] if step == -1 else step
+    if reason := checkpoints.verify(step):
+        raise Refused(f"checkpoint {step} of {folder} is not what was written ({reason}): choose another --step.", DATA)
+    return step

@@ -1,7 +1,6 @@
 """From a Run to a trained model: set up, resume, train, evaluate, complete the prompts, sum up."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -11,17 +10,17 @@ from pathlib import Path
 
 import jax
 
-import llmjax
 from llmjax import mesh as meshes
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints, like
+from llmjax.checkpoint.retention import Retention
 from llmjax.data.dataset import check_rows
 from llmjax.errors import DATA, DONE, IO, PREEMPTED, USAGE, Refused
 from llmjax.evaluate.generate import Sampling, complete
 from llmjax.mesh import Axes
 from llmjax.plan import kept
 from llmjax.processes import Processes
-from llmjax.run import FREE, Run, differences, to_json
+from llmjax.run import FREE, Run, differences, fingerprint, to_json
 from llmjax.train import loop
 from llmjax.train.display import Display, count, duration, memory
 from llmjax.train.loop import Ledger
@@ -54,7 +53,8 @@ def train(run: Run, processes: Processes = Processes(), display: Display | None 
     cache_compiled_programs(Path(run.runs))
     with contextlib.ExitStack() as stack:
         stack.enter_context(program.context())
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=run.keep))
+        retention = Retention(run.keep, run.keep_every, run.keep_best)
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", retention, display.say))
         records = stack.enter_context(Records(folder)) if first else None
         ledger = Ledger(display, checkpoints, records)
         state, start = restore(program, dataset, ledger)
@@ -150,9 +150,11 @@ def open_data(program: Program, display: Display, first: bool):
 
 def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
     """The state to go on from, and the number of steps it has done."""
-    step = ledger.checkpoints.latest()
+    step = ledger.checkpoints.newest_verified()
     if step is None:
         if ledger.records:
+            if read(program.run.folder() / "metrics.jsonl"):
+                ledger.display.say(f"{program.run.folder()} has no checkpoint yet: starting again from step 0.")
             ledger.records.rewind(0)
         return program.init(jax.random.key(program.run.seed)), 0
     facts = ledger.checkpoints.facts(step)
@@ -160,6 +162,12 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
         raise Refused(
             f"checkpoint {step} of {program.run.folder()} was trained on other data than this (the corpus or its "
             f"tokenizer changed): bring the old data back, or start afresh with another --name.",
+            DATA,
+        )
+    if facts.get("config") not in (None, fingerprint(program.run)):
+        raise Refused(
+            f"checkpoint {step} of {program.run.folder()} was written by a run of another config than its run.json "
+            f"says: continue it where it was written, or start afresh with another --name.",
             DATA,
         )
     workers, data = facts.get("mesh", {}).get("data"), program.mesh.shape["data"]
@@ -263,14 +271,12 @@ def next_steps(run: Run) -> str:
 
 def write_environment(folder: Path, program: Program, devices: list) -> None:
     """env.json: versions, commit, devices and mesh of this start."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
     facts = dict(
         python=platform.python_version(),
-        llmjax=llmjax.__version__,
-        versions={name: importlib.metadata.version(name) for name in packages},
+        versions=loop.versions(),
         commit=git.stdout.strip() or None,
         devices=[str(device) for device in devices[:64]],
         device_count=len(devices),

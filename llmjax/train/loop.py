@@ -5,25 +5,30 @@ It dispatches a step and then reads the metrics of the one before, so it never w
 
 import contextlib
 import dataclasses
+import functools
+import importlib.metadata
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+import llmjax
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.data.batches import order, place, prefetch
 from llmjax.errors import NON_FINITE, Refused
 from llmjax.optim import schedules
+from llmjax.run import fingerprint
 from llmjax.train import diloco
 from llmjax.train.display import Display
 from llmjax.train.program import Program
 from llmjax.train.records import Records
 from llmjax.train.step import State
+from llmjax.train.timed import Timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,7 @@ def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, s
         return place(dataset, "train", rows, accumulate=program.accumulate, sharding=sharding)
 
     report, pending, done = Reporter(program, ledger, start), None, start
+    clock = Timed(60 * run.save_minutes, start)
     with contextlib.closing(prefetch(batch_of, start, run.steps)) as batches, ledger.display.progress(start, run.steps):
         for step, batch, waited_ms in batches:
             state, metrics = program.step(state, batch)
@@ -68,14 +74,16 @@ def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, s
                 report(pending)
             pending, done = Pending(step, metrics, waited_ms), step + 1
             saves, evaluates = due(done, run.save_every), due(done, run.eval_every) and done < run.steps
-            if saves or evaluates or done == run.steps:
+            if saves or evaluates or clock.looks(done) or done == run.steps:
                 report(pending)
                 pending = None
+            evaluated = {}
             if evaluates:
-                evaluate(program, state, dataset, ledger, done, rows=run.eval_rows)
+                evaluated = evaluate(program, state, dataset, ledger, done, rows=run.eval_rows)
                 report.restart()
-            if saves and done < run.steps:
-                save(program, state, done, dataset, ledger)
+            if (clock.due(done) or saves) and done < run.steps:
+                clock.saved(done)
+                save(program, state, done, dataset, ledger, evaluated)
             if stop(done):
                 break
         if pending:
@@ -165,14 +173,25 @@ def evaluate(
     return facts
 
 
-def save(program: Program, state: State, step: int, dataset, ledger: Ledger) -> None:
-    """Starts a checkpoint of the state after `step` steps, unless it is there."""
-    if step in ledger.checkpoints.steps():
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of what computes a run."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
+    return dict(llmjax=llmjax.__version__) | {name: importlib.metadata.version(name) for name in packages}
+
+
+def save(
+    program: Program, state: State, step: int, dataset, ledger: Ledger, evaluated: Mapping[str, float] = {}
+) -> None:
+    """Starts a checkpoint of the state after `step` steps, unless it is there; `evaluated` is what `evaluate` found."""
+    if ledger.checkpoints.has(step):
         return
     run = program.run
     facts = dict(
-        step=step, tokens=step * run.batch * run.sequence, data=dataset.fingerprint,
-        mesh=dict(program.mesh.shape), layout=run.layout.name, jax=jax.__version__,
+        step=step, tokens=step * run.batch * run.sequence, data=dataset.fingerprint, config=fingerprint(run),
+        mesh=dict(program.mesh.shape), layout=run.layout.name, processes=jax.process_count(),
+        versions=versions(),
+        **{name: evaluated[name] for name in ("eval_loss",) if name in evaluated},
     )  # fmt: skip
     ledger.checkpoints.save(step, state, facts)
     ledger.event("save", step=step)

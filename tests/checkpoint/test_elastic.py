@@ -9,6 +9,7 @@ import optax
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.checkpoint.checkpoints import Checkpoints, like, named
+from llmjax.checkpoint.retention import Retention
 from llmjax.models import nn
 from llmjax.models.mixtral import Mixtral
 from llmjax.train import step as steps
@@ -44,7 +45,7 @@ def test_a_state_handed_on_from_mesh_to_mesh_stays_the_same_bit_for_bit(tmp_path
     first = abstract(*PLACES[0])
     written = jax.tree.map(lambda x: random.integers(0, 2**20, x.shape).astype(x.dtype), first)
     state = jax.device_put(written, jax.tree.map(lambda x: x.sharding, first))
-    with Checkpoints(tmp_path, keep=len(PLACES)) as checkpoints:
+    with Checkpoints(tmp_path, Retention(last=len(PLACES))) as checkpoints:
         checkpoints.save(0, state, {})
         checkpoints.wait()
         for step, place in enumerate(PLACES[1:], 1):

@@ -8,11 +8,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,10 @@ from llmjax import cli
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.checkpoint.checkpoints import Checkpoints, like, named
+from llmjax.commands.train import restore
+from llmjax.errors import Refused
 from llmjax.mesh import Axes
+from llmjax.run import fingerprint
 from llmjax.train.program import make
 from llmjax.train.records import read
 
@@ -149,17 +154,24 @@ def losses(folder: Path) -> np.ndarray:
 
 def arrays(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint, by default of the newest."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    step = checkpoints.latest() if step is None else step
-    stored = ocp.metadata(checkpoints.folder / str(step)).metadata
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for name, a in stored.items()}
-    return jax.tree.map(np.asarray, checkpoints.restore(step, wanted))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        step = checkpoints.latest() if step is None else step
+        stored = ocp.metadata(checkpoints.folder / str(step)).metadata
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for name, a in stored.items()}
+        return jax.tree.map(np.asarray, checkpoints.restore(step, wanted))
 
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     """Whether two sets of arrays are the same in every bit."""
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a)
+
+
+def flip(path: Path) -> None:
+    """Changes one bit in the middle of a file, which Orbax loads without a word."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -198,26 +210,45 @@ def broken(place: Place) -> None:
         assert "Stopping after this step; saving. Press Ctrl-C again to leave at once." in ended.out
         assert f"Stopped and saved after step {step} of 24: run the same command to continue." in ended.out
         assert checkpoints.latest() == step < STEPS and kinds(folder)[-1] == "stop"
+        return ended
 
     kill(lines=2)
     stop(signal.SIGINT, lines=6)
 
     older, newest = checkpoints.steps()
     damaged = checkpoints.folder / str(newest)
-    (damaged / "state" / "manifest.ocdbt").write_bytes(b"")
-    before = content(checkpoints.folder)
-    refused = place.run(*command)
-    assert refused.err.startswith(f"llmjax: checkpoint {damaged} cannot be read (")
-    assert '"state/manifest.ocdbt": Error decoding manifest' in refused.err
-    assert refused.err.endswith(f"): delete that folder to continue from step {older}.\n") and len(refused.err) < 500
-    assert refused.err.count("\n") == 1
-    assert refused.code == 65 and content(checkpoints.folder) == before
-    shutil.rmtree(damaged)  # the remedy
+    flip(max((path for path in damaged.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    shutil.copytree(folder, place.runs / "lost")
+    resumed = stop(signal.SIGTERM, lines=len(metrics(folder)) + 3)
+    why = rf"Passed over checkpoint {damaged}: state/\S+ holds other bytes than were written\.\n"
+    assert re.search(why, resumed.out) and f"Continuing runs/broken from step {older}." in resumed.out
 
-    stop(signal.SIGTERM, lines=len(metrics(folder)) + 3)
     kill(lines=len(metrics(folder)) + 4)
     done = place.run(*command)
     assert (done.code, done.err) == (0, "") and "Continuing runs/broken from step" in done.out
+    lost(place)
+
+
+def lost(place: Place) -> None:
+    """A run whose every checkpoint is damaged, which then gets one back."""
+    folder = place.runs / "lost"
+    command, checkpoints = ("train", "synthetic.py", "--name", "lost", *FOUR), Checkpoints(folder / "checkpoints")
+    older, newest = checkpoints.steps()
+    path = checkpoints.folder / str(older) / "commit_success.txt"
+    kept = path.read_bytes()
+    path.unlink()
+    before = content(checkpoints.folder)
+    refused = place.run(*command)
+    expected = f"llmjax: no checkpoint in {checkpoints.folder} is what was written ({newest}: state/"
+    assert refused.err.startswith(expected) and f"; {older}: commit_success.txt is missing): bring one" in refused.err
+    assert refused.code == 65 and refused.err.count("\n") == 1 and content(checkpoints.folder) == before
+    listed = place.run("checkpoints", "lost", "--verify")
+    assert listed.code == 65 and listed.out.count("no: ") == 2 and listed.err == ""
+    path.write_bytes(kept)
+    listed = place.run("checkpoints", "lost", "--verify")
+    assert listed.code == 65 and listed.out.count("no: ") == 1 and " ago" in listed.out
+    done = place.run(*command)
+    assert (done.code, done.err) == (0, "") and f"Continuing runs/lost from step {older}." in done.out
 
 
 def moved(place: Place) -> int:
@@ -250,8 +281,13 @@ def pair(place: Place) -> None:
     assert ended.code == 75 and f"Stopped and saved after step {step} of 24" in ended.out
     assert all("SIGTERM caught" in line for line in ended.err.splitlines())  # JAX's own notice
     assert checkpoints.latest() == step < STEPS  # whole, so both have saved it
-    done = place.run(*launch, "--name", "pair")
-    assert (done.code, done.err) == (0, "") and f"Continuing runs/pair from step {step}." in done.out
+    flip(checkpoints.folder / str(step) / "state" / "manifest.ocdbt")
+    before = checkpoints.steps()[-2]
+    done = place.run(*launch, "--name", "pair", "--save-minutes", "0.0001", "--keep", "99")
+    assert (done.code, done.err) == (0, "") and f"Continuing runs/pair from step {before}." in done.out
+    assert done.out.count("Passed over") == 1 and "Passed over" not in log.read_text()
+    after = [step for step in checkpoints.steps() if step > before]
+    assert after == list(range(before + 1, STEPS + 1))  # by the clock, each one by both
     assert "devices  4 x cpu, 2 processes" in done.out
     assert "process 0 of 2: 2 of 4 devices, 8 of 16 rows" in done.out
     assert log.read_text() == "process 1 of 2: 2 of 4 devices, 8 of 16 rows\n"
@@ -339,8 +375,9 @@ def test_run_json_fed_back_computes_the_same_bit_for_bit(place, became):
 def test_killed_stopped_and_damaged_a_run_ends_with_the_curve_and_the_weights_of_an_unbroken_one(place, became):
     became(golden), became(broken)
     assert curve(place.runs / "broken") == curve(place.runs / "golden")
+    assert curve(place.runs / "lost") == curve(place.runs / "golden")
     assert equal(arrays(place.runs / "broken"), arrays(place.runs / "golden"))
-    assert not list((place.runs / "broken" / "checkpoints").glob("*tmp*"))
+    assert all(path.name.isdecimal() for path in (place.runs / "broken" / "checkpoints").iterdir())
 
 
 def test_a_run_continues_on_another_mesh_and_on_other_processes(place, became):
@@ -359,8 +396,21 @@ def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(place, became, sizes):
     mesh = meshes.device_mesh(Axes(1, 1, fsdp, 1, 1, tensor), jax.devices()[: fsdp * tensor])
     with (program := make(run, mesh, meshes.chip_of(run.mesh, jax.devices()))).context():
         wanted = like(program.abstract_state(), mesh)
-        state = Checkpoints(place.runs / "4x2" / "checkpoints").restore(step, wanted)
+        with Checkpoints(place.runs / "4x2" / "checkpoints") as checkpoints:
+            state = checkpoints.restore(step, wanted)
     assert equal(jax.tree.map(np.asarray, named(state)), arrays(place.runs / "4x2"))
+
+
+def test_a_checkpoint_of_another_config_is_refused(place):
+    run = cli.load(str(place.folder / "synthetic.py"))
+    mesh = meshes.device_mesh(Axes(1, 1, 1, 1, 1, 1), jax.devices()[:1])
+    program = make(run, mesh, meshes.chip_of(run.mesh, jax.devices()))
+    facts = dict(config=fingerprint(dataclasses.replace(run, clip=2.0)))
+    checkpoints = types.SimpleNamespace(newest_verified=lambda: 6, facts=lambda step: facts)
+    ledger = types.SimpleNamespace(checkpoints=checkpoints, records=None)
+    with pytest.raises(Refused, match=r"checkpoint 6 .* another config .* --name") as refusal:
+        restore(program, types.SimpleNamespace(fingerprint="same"), ledger)
+    assert refusal.value.code == 65
 
 
 def test_two_processes_stop_together_and_compute_what_one_does(place, became):

@@ -237,7 +237,7 @@ def test_a_run_stopped_between_exchanges_continues_bit_for_bit_and_on_other_devi
 
 
 def test_another_number_of_workers_is_refused_when_a_run_continues():
-    checkpoints = types.SimpleNamespace(latest=lambda: 6, facts=lambda step: dict(mesh=dict(data=4)))
+    checkpoints = types.SimpleNamespace(newest_verified=lambda: 6, facts=lambda step: dict(mesh=dict(data=4)))
     ledger = types.SimpleNamespace(checkpoints=checkpoints, records=None)
     with pytest.raises(Refused, match=r"axes.data is 2, but checkpoint 6 .* 4 workers .* --axes.data 4") as refusal:
         restore(program(EVERY_4), types.SimpleNamespace(fingerprint="same"), ledger)
