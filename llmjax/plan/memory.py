@@ -219,7 +219,7 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
         in_layer = parameters * (2 if several else 1), _layer(run, sizes, one, habits) + ahead + waits
         at_loss = parameters * (1 if several else 0), _loss(run, sizes, one, one.tokens, habits) + ahead
         gradients, passing = max(in_layer, at_loss, key=sum)
-    if platform == "cpu":
+    if platform == "cpu" and jax.__version_info__ < (0, 11):
         passing += (min(one.layers, program.UNROLLED) - 1) * _merged(run, sizes, one)
     return Memory(parameters, optimizer, int(gradients), int(kept), int(passing))
 
