@@ -270,7 +270,7 @@ def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int) ->
 
 
 def _merged(run: Run, sizes: Axes, one: Part) -> float:
-    """What every further layer of an unrolled loop keeps: there XLA of jax 0.10 computes nothing twice, whatever `remat`."""
+    """What every further layer of an unrolled loop keeps, as XLA of jax 0.10 computes nothing there twice."""
     more = 4 * one.scores
     if run.remat == "none":
         more -= one.tokens * one.hidden * one.letters["F"] * one.number
