@@ -106,7 +106,7 @@ def _check_model(run: Run, axes: Axes) -> None:
     for placement in (run.layout.params, run.layout.inner, run.layout.stream):
         for letter, value in placement.items():
             over, size = layouts.axes_of(value), letters.get(letter)
-            ways = math.prod(getattr(axes, axis) for axis in over)
+            ways = layouts.ways(value, axes)
             if size is not None and size % ways:
                 shown = " x ".join(f"{axis} {getattr(axes, axis)}" for axis in over)
                 raise Refused(
@@ -133,7 +133,7 @@ def _check_model(run: Run, axes: Axes) -> None:
 
 
 def _check_pipeline(run: Run, axes: Axes, accumulate: int) -> None:
-    how, stages = run.pipeline, _ways(axes, run.layout.params.get("L"))
+    how, stages = run.pipeline, layouts.ways(run.layout.params.get("L"), axes)
     for field, least in dict(microbatches=0, repeats=1).items():
         if getattr(how, field) < least:
             raise Refused(f"pipeline.{field} is {getattr(how, field)}: give at least {least}.")
@@ -156,7 +156,7 @@ def _check_pipeline(run: Run, axes: Axes, accumulate: int) -> None:
             f"model.layers is {layers}, which {ways} does not divide: every stage holds as many layers; "
             f"choose a multiple of {stages * how.laps}, or a smaller stage axis (--axes.stage)."
         )
-    devices = _ways(axes, run.layout.inner.get("B")) * accumulate
+    devices = layouts.ways(run.layout.inner.get("B"), axes) * accumulate
     rows = run.batch // devices
     more = -(-rows // max(how.microbatches, stages)) * max(how.microbatches, stages) * devices
     if 0 < how.microbatches < stages:
@@ -174,7 +174,3 @@ def _check_pipeline(run: Run, axes: Axes, accumulate: int) -> None:
             f"batch is {run.batch}, {rows} rows on a device, which cannot be cut into a microbatch for each of "
             f"{stages} stages: use batch {more}, or a smaller stage axis (--axes.stage)."
         )
-
-
-def _ways(axes: Axes, value: str | tuple[str, ...] | None) -> int:
-    return math.prod(getattr(axes, axis) for axis in layouts.axes_of(value))

@@ -9,13 +9,14 @@ means tensor dimension.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Literal
 
 from jax import P
 
 from llmjax.errors import Refused, did_you_mean
-from llmjax.mesh import AXES
+from llmjax.mesh import AXES, Axes
 
 Placement = Mapping[str, str | tuple[str, ...]]
 
@@ -122,6 +123,11 @@ class Pipeline:
 def axes_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """A placement as a tuple of axes."""
     return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def ways(placement: str | tuple[str, ...] | None, sizes: Axes) -> int:
+    """Into how many parts a dim with this placement is cut."""
+    return math.prod(getattr(sizes, axis) for axis in axes_of(placement))
 
 
 def _joined(a: Placement, b: Placement) -> Placement:

@@ -43,6 +43,7 @@ class Chip:
     bandwidth: float | None = None  # memory, bytes/s
     link: float | None = None  # fast network, bytes/s, one way: one ICI axis, or NVLink egress
     network: float | None = None  # slow network, bytes/s per chip
+    devices: int = 1  # JAX devices that one sold chip is; all figures here are of one device
     domain: int = 0  # chips that the fast network joins; 0: all of a slice
     torus: int = 0  # axes of the torus in which the fast network joins them; 0: each reaches every other
     efficiency: Efficiency = Efficiency()

@@ -125,6 +125,7 @@ TPU_7X = Chip(
     memory=192e9 / 2,  # google
     bandwidth=7.4e12 / 2,  # derived from google's figures
     link=9e10 / 2,  # derived: the lower of 9e10 and 1e11 for each of 3 axes
+    devices=2,
     torus=3,
     efficiency=Efficiency(matmul=0.89, attention=0.24, memory=0.67, overlap=0.35, doubling=0.015),  # fit: 2 rows
 )

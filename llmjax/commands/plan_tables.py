@@ -11,7 +11,7 @@ from llmjax.plan import knobs
 from llmjax.plan.analytic import Time
 from llmjax.plan.buffers import Buffer
 from llmjax.plan.compiled import Report
-from llmjax.plan.estimate import ROOM, Estimate, communication, mfu, network_name, trusted
+from llmjax.plan.estimate import ROOM, Estimate, communication, mfu, network, trusted
 from llmjax.plan.memory import Memory
 from llmjax.plan.schedule import Time as Compiled
 from llmjax.run import Run, differences, to_json
@@ -149,20 +149,20 @@ def classes(held: Memory) -> dict[str, float]:
 
 def sent(display: Display, found: Estimate, report: Report | None) -> None:
     """What a step communicates: what the compiler's program does, or what theory says."""
-    platform, compiled = found.run.mesh.chip.platform, report is not None and not report.refusal
-    cells = []
-    for r in report.rows if compiled else communication(found):
-        network = network_name(platform, r.network == "outside") if compiled else r.network
-        waited = ("none" if r.hidden else "all") if not compiled else milliseconds(r.exposed) if report.time else ""
-        cells.append([
-            f"{r.kind} over {' x '.join(r.axes) or '?'}", r.module, f"{r.count:,.0f}", memory(r.bytes), network,
-            milliseconds(r.seconds), waited,
-        ])  # fmt: skip
+    compiled = report is not None and not report.refusal
+    cells = [
+        [
+            f"{r.kind} over {' x '.join(r.axes) or '?'}",
+            *(r.module, f"{r.count:,.0f}", memory(r.bytes), network(found.run.mesh.chip, r.network)),
+            *(milliseconds(r.seconds), milliseconds(r.exposed)),
+        ]
+        for r in (report.rows if compiled else communication(found))
+    ]
     if not cells:
         display.say("Communication: none.")
         return
     columns = ["Communication of a step", "for", "runs", "bytes", "network", "ms", "waited for"]
-    if not any(cell[-1] for cell in cells):
+    if compiled and report.time is None:  # a compiler that knows no time says nothing of waiting either
         columns, cells = columns[:-1], [cell[:-1] for cell in cells]
     display.table(columns, cells[:ROWS])
     if len(cells) > ROWS:
@@ -207,9 +207,10 @@ def speed(display: Display, found: Estimate, report: Report | None, measured: fl
     rows = {"speed": f"{tokens / step:,.0f} tokens/s, {tokens / step / found.chips:,.0f} per device"}
     if shares := mfu(run, found.chips, step):
         rows["mfu"] = f"{100 * shares[0]:.1f}% with causal attention (C), {100 * shares[1]:.1f}% with all of it (F)"
-    cost = f", {hours * found.chips * price:,.0f} at {price:g} per chip-hour" if price else ""
+    chip_hours = hours * found.chips / run.mesh.chip.devices
+    cost = f", {chip_hours * price:,.0f} at {price:g} per chip-hour" if price else ""
     rows["run"] = f"{run.steps:,} steps, {tokens * run.steps:.3g} tokens, in {span(hours)}"
-    rows["cost"] = f"{hours * found.chips:,.0f} chip-hours{cost}"
+    rows["cost"] = f"{chip_hours:,.0f} chip-hours{cost}"
     if measured is not None:
         off = 100 * (step / measured - 1)
         rows["measured"] = f"{1e3 * measured:,.1f} ms/step here; predicted {1e3 * step:,.1f}, {off:+.0f}%"
@@ -241,7 +242,8 @@ def command(asked: Experiment, found: Estimate) -> str:
 
 def facts(asked: Experiment, found: Estimate, report: Report | None = None, measured: float | None = None) -> dict:
     """The plan for machines."""
-    time = dataclasses.asdict(found.time) | {"step": found.time.step}
+    time = {k: v for k, v in dataclasses.asdict(found.time).items() if k != "sent"}
+    time |= dict(exposed=found.time.exposed, step=found.time.step)
     return dict(
         run=to_json(found.run), axes=dataclasses.asdict(found.sizes), accumulate=found.accumulate, fits=found.fits,
         memory=classes(found.memory) | {"total": found.memory.total}, seconds=time, mfu=found.mfu,

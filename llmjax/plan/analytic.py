@@ -9,6 +9,16 @@ from llmjax.plan.work import Message, Work
 
 
 @dataclasses.dataclass(frozen=True)
+class Sent:
+    """A message, with the seconds of all its runs in a step."""
+
+    message: Message
+    seconds: float
+    waited: float
+    "Those that nothing hides."
+
+
+@dataclasses.dataclass(frozen=True)
 class Time:
     """Where the time of a step goes, in seconds."""
 
@@ -16,16 +26,26 @@ class Time:
     attention: float
     memory: float
     "Norms, gates, the loss, the optimizer: what waits for memory."
-    exposed: dict[str, float]
-    "Communication that nothing hides, by mesh axes joined with x."
+    sent: tuple[Sent, ...]
+    "Communication."
     bubble: float
     "Waiting of pipeline stages."
     host: float
     "What is left over: starting, waiting for the slowest of many."
 
     @property
+    def exposed(self) -> dict[str, float]:
+        """Communication that nothing hides, by mesh axes joined with x."""
+        sums: dict[str, float] = {}
+        for each in self.sent:
+            axes = " x ".join(each.message.axes)
+            sums[axes] = sums.get(axes, 0.0) + each.waited
+        return sums
+
+    @property
     def step(self) -> float:
-        return self.matmul + self.attention + self.memory + sum(self.exposed.values()) + self.bubble + self.host
+        waited = sum(each.waited for each in self.sent)
+        return self.matmul + self.attention + self.memory + waited + self.bubble + self.host
 
 
 def seconds(message: Message, cluster: Cluster, sizes: Axes) -> float:
@@ -51,14 +71,11 @@ def predict(work: Work, cluster: Cluster, sizes: Axes) -> Time:
     times = [(message, seconds(message, cluster, sizes)) for message in work.messages]
     hideable = sum(time for message, time in times if message.hidden)
     beyond = max(0.0, hideable - compute) + (1 - best.overlap) * min(hideable, compute)
-    exposed: dict[str, float] = {}
-    for message, time in times:
-        waited = time * (beyond / (hideable or 1) if message.hidden else 1 - best.overlap)
-        axes = " x ".join(message.axes)
-        exposed[axes] = exposed.get(axes, 0.0) + waited
-    busy = compute + sum(exposed.values())
+    shares = {True: beyond / (hideable or 1), False: 1 - best.overlap}
+    sent = tuple(Sent(message, time, time * shares[message.hidden]) for message, time in times)
+    busy = compute + sum(each.waited for each in sent)
     bubble = busy * work.bubble
-    return Time(matmul, attention, memory, exposed, bubble, (busy + bubble) * lost(cluster, sizes))
+    return Time(matmul, attention, memory, sent, bubble, (busy + bubble) * lost(cluster, sizes))
 
 
 def lost(cluster: Cluster, sizes: Axes) -> float:

@@ -25,13 +25,14 @@ from jax.sharding import AxisType, Mesh
 
 from llmjax import mesh as meshes
 from llmjax.errors import DATA, Refused
+from llmjax.layout import ways
 from llmjax.mesh import Axes, Chip, Cluster
 from llmjax.models.attention import attention
 from llmjax.models.llama import Llama
 from llmjax.models.shapes import LAYER
 from llmjax.optim.sgd import SGD
-from llmjax.plan.analytic import Time
-from llmjax.plan.work import Message, Work, ways
+from llmjax.plan.analytic import Sent, Time
+from llmjax.plan.work import Message, Work
 from llmjax.run import Run
 from llmjax.train.loss import NextToken
 from llmjax.train.program import make
@@ -75,15 +76,12 @@ def predict(work: Work, machine: Machine, sizes: Axes, run: Run) -> Time:
     products = sum(flops * (ticks if module in LAYER else 1) for module, flops in work.products.items())
     wide = {module: size * (1 if module == "optimizer" else 2) for module, size in work.traffic.items()}
     traffic = sum(size * (ticks * copies if module in LAYER else 1) for module, size in wide.items())
-    exposed: dict[str, float] = {}
-    for message in work.messages:
-        axes = " x ".join(message.axes)
-        exposed[axes] = exposed.get(axes, 0) + seconds(message, machine, sizes, run)
+    times = [(message, seconds(message, machine, sizes, run)) for message in work.messages]
     return Time(
         matmul=devices * products / machine.products[operands],
         attention=devices * work.attention * ticks / machine.attention,
         memory=devices * traffic / machine.memory,
-        exposed=exposed,
+        sent=tuple(Sent(message, time, time) for message, time in times),  # cores that send do not compute
         bubble=0.0,
         host=machine.layer * work.passes * ticks,
     )

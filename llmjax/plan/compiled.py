@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import jax
-from jax import P
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from llmjax import mesh as meshes
+from llmjax.checkpoint.checkpoints import like
 from llmjax.errors import Refused
 from llmjax.mesh import Axes, Chip, Cluster
 from llmjax.plan import buffers, collectives, cost, hlo, links, schedule, topology
@@ -30,8 +30,6 @@ from llmjax.train import program
 from llmjax.train.program import Program, bytes_per_device
 
 __all__ = ["Memory", "NoCompiler", "Report", "mesh", "report"]
-
-FORMAT = 1  # of a cached report; another number makes older ones be compiled again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +131,7 @@ def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofli
     if chip.platform != "tpu" and len(_emulated(count)) < count:
         return _in_another_process(run, sizes, cache)
     made = program.make(run, mesh(run.mesh, sizes), chip)
-    state = placed(made)
+    state = like(made.abstract_state(), made.mesh)
     with made.context():
         lowered = made.step.lower(state, made.abstract_batch())
     file = cache / f"{_key(lowered.as_text(), run.mesh, sizes, roofline)}.json" if cache else None
@@ -145,16 +143,6 @@ def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofli
     if file:
         _store(file, found)
     return found
-
-
-def placed(made: Program) -> program.steps.State:
-    """The abstract state with shardings on the program's own mesh, as a compiler wants them."""
-
-    def place(x):
-        spec = x.sharding.spec if x.sharding is not None else P()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(made.mesh, spec))
-
-    return jax.tree.map(place, made.abstract_state())
 
 
 def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, chip: Chip, roofline) -> Report:
@@ -198,7 +186,7 @@ def _largest_elsewhere(run: Run, sizes: Axes) -> tuple[Buffer, ...]:
     try:
         made = program.make(run, mesh(cluster, sizes), roomy)
         with made.context():
-            text = made.step.lower(placed(made), made.abstract_batch()).compile().as_text()
+            text = made.step.lower(like(made.abstract_state(), made.mesh), made.abstract_batch()).compile().as_text()
     except (Refused, jax.errors.JaxRuntimeError):
         return ()
     return buffers.largest(hlo.parse(text))
@@ -231,7 +219,7 @@ def _key(traced: str, cluster: Cluster, sizes: Axes, roofline: Roofline) -> str:
         for file in (__file__, *(module.__file__ for module in (hlo, schedule, buffers, collectives, cost, links)))
     )
     kernels = f"{roofline.__module__}.{roofline.__qualname__}"
-    what = json.dumps([FORMAT, kernels, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
+    what = json.dumps([kernels, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
     return hashlib.sha256(b"\0".join((traced.encode(), readers, what))).hexdigest()[:32]
 
 

@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from llmjax import mesh as meshes
 from llmjax.checks import check
 from llmjax.errors import Refused
-from llmjax.mesh import Axes, Chip, Cluster
+from llmjax.mesh import Axes, Chip
 from llmjax.plan import analytic, calibrate, links, memory, work
-from llmjax.plan.analytic import Time
+from llmjax.plan.analytic import Sent, Time
 from llmjax.plan.memory import Memory
-from llmjax.plan.work import Message, Method, Work
+from llmjax.plan.schedule import Row
+from llmjax.plan.work import Method, Work
 from llmjax.run import Run
 from llmjax.train.program import make, microbatches, resolve
 
@@ -118,53 +118,24 @@ def mfu(run: Run, chips: int, step: float) -> tuple[float, float] | None:
     return causal * rate, full * rate
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What a step sends of one kind, over some axes, for one module."""
-
-    kind: str
-    axes: tuple[str, ...]
-    module: str
-    count: float
-    "Collectives in a step."
-    bytes: float
-    "Payload in a step, as in `llmjax.plan.collectives`."
-    network: str
-    seconds: float
-    hidden: bool
-    "Whether compute goes on meanwhile."
-
-
 def communication(estimate: Estimate) -> list[Row]:
     """The messages of a step by kind, axes and module, the longest first."""
-    sums: dict[tuple, list[float]] = {}
-    for message in estimate.work.messages:
-        key = (message.kind, message.axes, message.module, message.hidden)
-        count, size, time = sums.setdefault(key, [0.0, 0.0, 0.0])
-        sums[key] = [count + message.count, size + message.count * message.bytes, time + _seconds(message, estimate)]
-    rows = [
-        Row(kind, axes, module, count, size, network(estimate.run.mesh, estimate.sizes, axes), time, hidden)
-        for (kind, axes, module, hidden), (count, size, time) in sums.items()
-    ]
+    groups: dict[tuple, list[Sent]] = {}
+    for each in estimate.time.sent:
+        groups.setdefault((each.message.kind, each.message.axes, each.message.module), []).append(each)
+    rows = []
+    for (kind, axes, module), sent in groups.items():
+        across = links.span(estimate.run.mesh, estimate.sizes, axes).outside > 1
+        count, size = sum(x.message.count for x in sent), sum(x.message.count * x.message.bytes for x in sent)
+        seconds, waited = sum(x.seconds for x in sent), sum(x.waited for x in sent)
+        rows.append(Row(kind, axes, module, "outside" if across else "inside", count, size, seconds, waited))
     return sorted(rows, key=lambda row: -row.seconds)
 
 
-def _seconds(message: Message, estimate: Estimate) -> float:
-    run, sizes = estimate.run, estimate.sizes
-    if run.mesh.chip.flops is None:
-        return calibrate.seconds(message, calibrate.stored(Path(run.runs), run.mesh.chips), sizes, run)
-    return analytic.seconds(message, run.mesh, sizes)
-
-
-def network(cluster: Cluster, sizes: Axes, axes: Sequence[str]) -> str:
-    """The slowest network that groups over these axes speak over."""
-    return network_name(cluster.chip.platform, links.span(cluster, sizes, axes).outside > 1)
-
-
-def network_name(platform: str, outside: bool) -> str:
-    """What the network inside a slice or node is called, or the one between them."""
-    fast, slow = dict(tpu=("ICI", "DCN"), gpu=("NVLink", "network")).get(platform, ("memory", "memory"))
-    return slow if outside else fast
+def network(chip: Chip, where: str) -> str:
+    """What the network `inside` a slice or node is called, or the one between them."""
+    fast, slow = dict(tpu=("ICI", "DCN"), gpu=("NVLink", "network")).get(chip.platform, ("memory", "memory"))
+    return slow if where == "outside" else fast
 
 
 def trusted(chip: Chip, compiled: bool) -> tuple[str, str]:

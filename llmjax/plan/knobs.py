@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from llmjax import layout as layouts
 from llmjax.checks import check
 from llmjax.errors import Refused
-from llmjax.layout import Layout, axes_of
+from llmjax.layout import Layout, axes_of, ways
 from llmjax.mesh import AXES, Axes, Chip
 from llmjax.optim.adafactor import Adafactor
 from llmjax.optim.lion import Lion
 from llmjax.optim.sgd import SGD
 from llmjax.plan import memory
-from llmjax.plan.work import ways
 from llmjax.run import Run
 
 

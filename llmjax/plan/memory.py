@@ -13,13 +13,13 @@ from typing import Any
 import jax
 
 from llmjax import mesh as meshes
-from llmjax.layout import axes_of
+from llmjax.layout import axes_of, ways
 from llmjax.mesh import AXES, Axes, Chip
 from llmjax.models import nn
 from llmjax.models.moe import SLACK
 from llmjax.models.pipeline import ticks
 from llmjax.models.shapes import LAYER, Matrix
-from llmjax.plan.work import cut, ways
+from llmjax.plan.work import cut
 from llmjax.run import Run
 from llmjax.train import diloco, program
 from llmjax.train import step as steps

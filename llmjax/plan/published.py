@@ -153,7 +153,7 @@ def _cluster(row: Row, chips: Sequence[Chip]) -> Cluster:
         raise Refused(f"no facts of this chip: {row['hardware']}")
     slices = re.search(r"\((\d+)(?:x v| pods)", row["hardware"])
     topology = re.search(r"\((\d+x\d+(?:x\d+)?)\)", row["mesh_or_sharding"])
-    devices = int(row["chips"]) * (2 if chip.name == "TPU 7x" else 1)
+    devices = int(row["chips"]) * chip.devices
     return Cluster(row["id"], chip, devices, int(slices[1]) if slices else 1, topology[1] if topology else "")
 
 

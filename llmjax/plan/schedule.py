@@ -28,16 +28,16 @@ class Row:
     "attention, mlp, block, embedding, head, optimizer, or other."
     network: str
     "inside a slice or node, or outside: between them."
-    count: int
+    count: float
     "Runs in a step."
-    bytes: int
+    bytes: float
     "Payload V in a step, as `collectives.Collective` counts it."
     seconds: float
     "Of all of them, by `links.seconds`."
     exposed: float
-    "Seconds that nothing hides in the compiler's schedule."
-    sources: tuple[str, ...]
-    "Traced operations they come from, the first few."
+    "Seconds that nothing hides."
+    sources: tuple[str, ...] = ()
+    "Traced operations they come from, the first few, where a program was compiled."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import dataclasses
 import heapq
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -121,9 +120,7 @@ def settle(candidate: Run) -> Estimate | None:
 
 def accumulations(candidate: Run) -> list[int]:
     """The numbers of microbatches that divide a device's rows, the powers of two."""
-    rows = candidate.batch // math.prod(
-        getattr(candidate.axes, axis) for axis in layouts.axes_of(candidate.layout.inner.get("B"))
-    )
+    rows = candidate.batch // layouts.ways(candidate.layout.inner.get("B"), candidate.axes)
     return [1 << n for n in range(rows.bit_length()) if rows % (1 << n) == 0]
 
 

@@ -10,7 +10,6 @@ from llmjax.errors import IO, Refused, did_you_mean
 from llmjax.mesh import Chip, Cluster
 from llmjax.plan import topology
 
-CORES = {"TPU 7x": 2}  # JAX devices of a chip where it is more than one
 NODES = 8192  # GPUs up to which a cluster is taken to exist
 
 
@@ -31,7 +30,7 @@ def cluster(kind: str, count: int, slices: int = 0) -> Cluster:
         near = did_you_mean(name, known)
         raise Refused(f"there is no chip named '{kind}': {near}give one of {', '.join(known)}.")
     chip = known[name]
-    devices = count * CORES.get(chip.name, 1)
+    devices = count * chip.devices
     if chip.platform != "tpu":
         if count < 1 or count > NODES or (count % chip.domain if count > chip.domain else chip.domain % count):
             near = _near(count, _nodes(chip.domain))
@@ -76,7 +75,7 @@ def text(cluster: Cluster) -> str:
     """A cluster as the text of a mesh file."""
     known = vars(importlib.import_module("meshes.chips")).items()
     chip = next(name for name, value in known if value == cluster.chip)
-    each = cluster.chips // cluster.slices // CORES.get(cluster.chip.name, 1)
+    each = cluster.chips // cluster.slices // cluster.chip.devices
     title = f"{cluster.slices} slices of {each}" if cluster.slices > 1 else f"{each}"
     title += f" {cluster.chip.name} chips" + (f", {cluster.topology}" if cluster.topology else "")
     fields = [f'"{cluster.name}"', chip, f"chips={cluster.chips}"]

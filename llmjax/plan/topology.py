@@ -59,7 +59,7 @@ def slice_shape(cluster: Cluster) -> Shape:
     Raises:
       Refused: no slice of this chip has that shape or number of chips.
     """
-    generation, per_chip = COMPILER[cluster.chip.name], 2 if cluster.chip.name == "TPU 7x" else 1
+    generation, per_chip = COMPILER[cluster.chip.name], cluster.chip.devices
     chips, known = (cluster.chips or 0) // cluster.slices // per_chip, sorted(shapes(generation), key=math.prod)
     if not cluster.topology:
         found = [shape for shape in known if math.prod(shape) == chips]

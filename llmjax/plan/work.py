@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
-from llmjax.layout import Layout, axes_of
+from llmjax.layout import Layout, axes_of, ways
 from llmjax.mesh import AXES, Axes
 from llmjax.models.shapes import LAYER, Matrix
 from llmjax.run import Run
@@ -30,6 +30,7 @@ class Again:
         return getattr(self, module, 0.0)
 
 
+UPDATE = 28  # bytes of a parameter that an update passes: weight and two moments read and written, the gradient read
 REMAT = {"none": Again(), "dots": Again(scores=1), "full": Again(1, 1, 1)}
 
 
@@ -43,8 +44,6 @@ class Method:
     "Attention in one kernel that skips what lies above the diagonal, instead of scores of T² in memory."
     score_bytes: int = 4
     "Bytes of a score, where attention is not fused."
-    gathers: float = 2
-    "How often a layer's weights are gathered for one microbatch."
     gradient_bytes: int = 4
     "Bytes of a gradient's number on the network."
     faster: float = 1.0
@@ -53,8 +52,6 @@ class Method:
     "The part of the causal triangle that sliding windows leave, on average over the layers."
     loss_bytes: float = 20
     "Bytes of traffic per logit, forward and back."
-    state_bytes: float = 28
-    "Bytes that the optimizer reads and writes per parameter."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +88,6 @@ class Work:
     "Idle time of a pipeline, as a share of the busy time."
     passes: float
     "Layers passed in a step, forward and back: each has a fixed cost."
-    causal: float
-    "The model's FLOPs per token, counting half of attention's square."
-    full: float
-    "The same, counting all of it."
 
 
 def repeated(run: Run, stages: int) -> Again:
@@ -103,11 +96,6 @@ def repeated(run: Run, stages: int) -> Again:
     if stages == 1 or run.pipeline.schedule != "1f1b":
         return again
     return Again(again.attention + 1, again.mlp + 1, again.scores + 1, last=True)
-
-
-def ways(placement: Any, sizes: Axes) -> int:
-    """Into how many parts a dim with this placement is cut."""
-    return math.prod(getattr(sizes, axis) for axis in axes_of(placement))
 
 
 def cut(layout: Layout, matrix: Matrix, letters: dict[str, int], sizes: Axes, where: str) -> float:
@@ -147,9 +135,8 @@ def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
         passes = 4 * (1 + again.scores) + 7
         traffic["scores"] = square * passes * method.score_bytes
     own = _numbers(run, sizes, "at_rest")
-    traffic["optimizer"] = own * method.state_bytes
+    traffic["optimizer"] = own * UPDATE
     used = _numbers(run, sizes, "in_use")
-    causal, full = model.flops_per_token(run.sequence)
     return Work(
         tokens=run.batch * run.sequence,
         products=products,
@@ -157,10 +144,8 @@ def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
         traffic=traffic,
         weights=2 * used * (3 + (again.mlp + again.attention) / 2) * accumulate * parts,
         messages=tuple(_messages(run, sizes, accumulate, parts, tokens, again, method)),
-        bubble=(stages - 1) / (run.pipeline.laps * parts * 1.0),
+        bubble=(stages - 1) / (run.pipeline.laps * parts),
         passes=layers * accumulate * parts * (3 + again.mlp),
-        causal=causal,
-        full=full,
     )
 
 
@@ -214,7 +199,7 @@ def _messages(run: Run, sizes: Axes, accumulate: int, parts: int, tokens: float,
             used = {a for part in layout.in_use(m.dims) for a in axes_of(part)}
             gathered, whole = over(rest - used, sizes), cut(layout, m, letters, sizes, "in_use")
             if gathered:
-                gathers = method.gathers if module in LAYER else 1  # the head's two uses are next to each other
+                gathers = 2 if module in LAYER else 1  # forward and back; the head's two uses are next to each other
                 yield Message("all-gather", gathered, module, 2 * whole, turns * gathers * often, True)
                 size = method.gradient_bytes * whole
                 yield Message("reduce-scatter", gathered, module, size, turns * often, True)

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from llmjax import mesh as meshes
 from llmjax.checks import check
-from llmjax.layout import axes_of
+from llmjax.layout import ways
 from llmjax.mesh import Axes, Chip
 from llmjax.models import nn
 from llmjax.run import Run
@@ -144,7 +144,7 @@ def microbatches(run: Run, axes: Axes, chip: Chip) -> int:
     Accelerators and pipelines, which cut their own: one. On a CPU activations that stay in cache are worth more than
     long products.
     """
-    rows = run.batch // math.prod(getattr(axes, a) for a in axes_of(run.layout.inner.get("B")))
+    rows = run.batch // ways(run.layout.inner.get("B"), axes)
     if chip.platform != "cpu" or rows < 1 or axes.stage > 1:
         return 1
     wanted = min(rows, max(1, rows * run.sequence // 1024))

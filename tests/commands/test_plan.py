@@ -47,6 +47,34 @@ def test_an_analytic_plan_shows_fit_communication_time_and_what_to_do_next(plan)
     assert sum(row["bytes"] for row in written["communication"]) > 1e9
 
 
+def test_a_chip_that_is_two_devices_is_paid_for_once(plan):
+    code, out = plan(
+        "llama3_8b_v5p_64",
+        "--mesh",
+        "tpu7x_64",
+        "--axes.fsdp",
+        "128",
+        "--accumulate",
+        "2",
+        "--analytic",
+        "--json",
+        "7x.json",
+    )
+    written = json.loads(Path("7x.json").read_text())
+    assert code == 0 and written["axes"]["fsdp"] == 128
+    assert f"{written['hours'] * 64:,.0f} chip-hours" in out
+
+
+def test_what_is_waited_for_in_the_table_of_messages_is_what_a_step_waits_for(plan):
+    code, _ = plan("llama3_70b_v6e_256", "--analytic", "--json", "plan.json")
+    written = json.loads(Path("plan.json").read_text())
+    assert code == 0
+    for axis in ("fsdp", "tensor"):
+        rows = [row for row in written["communication"] if row["axes"] == [axis]]
+        assert sum(row["exposed"] for row in rows) == pytest.approx(written["seconds"]["exposed"][axis])
+        assert all(0 < row["exposed"] <= row["seconds"] for row in rows)
+
+
 def test_a_run_that_does_not_fit_is_told_what_would_help(plan):
     code, out = plan("llama3_8b_h100x8", "--analytic", "--remat", "none", "--accumulate", "1")
     assert code == 0 and "It does NOT fit" in out

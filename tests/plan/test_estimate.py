@@ -72,8 +72,8 @@ def test_communication_has_all_messages_with_the_network_they_travel_on():
     found = estimate(run_of("llama3_70b_v5p_128_x2"))
     rows = communication(found)
     assert sum(row.bytes for row in rows) == pytest.approx(sum(m.count * m.bytes for m in found.work.messages))
-    assert {row.network for row in rows if row.axes == ("data",)} == {"DCN"}
-    assert {row.network for row in rows if row.axes in (("fsdp",), ("tensor",))} == {"ICI"}
+    assert {row.network for row in rows if row.axes == ("data",)} == {"outside"}
+    assert {row.network for row in rows if row.axes in (("fsdp",), ("tensor",))} == {"inside"}
     assert [row.seconds for row in rows] == sorted((row.seconds for row in rows), reverse=True)
 
 

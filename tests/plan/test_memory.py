@@ -6,7 +6,6 @@ import importlib.util
 import jax
 import pytest
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
 
 from experiments import (
     llama3_8b_v5p_64,
@@ -17,6 +16,7 @@ from experiments import (
     stdlib_tiny,
 )
 from llmjax import mesh as meshes
+from llmjax.checkpoint.checkpoints import like
 from llmjax.layout import Pipeline, preset
 from llmjax.mesh import AXES, Axes, Chip, Cluster
 from llmjax.models.gpt2 import GPT2
@@ -76,13 +76,8 @@ def host(model, layout: str, sizes: Axes, chip: Chip = chips.H100, **fields) -> 
 def compiled(step: Pair, devices: list[jax.Device]) -> jax.stages.Compiled:
     mesh = meshes.device_mesh(step.axes, devices, step.run.mesh.slices)
     made = program.make(step.run, mesh, step.run.mesh.chip)
-
-    def placed(x):
-        spec = x.sharding.spec if x.sharding else jax.P()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
     with made.context():
-        return made.step.lower(jax.tree.map(placed, made.abstract_state()), made.abstract_batch()).compile()
+        return made.step.lower(like(made.abstract_state(), mesh), made.abstract_batch()).compile()
 
 
 def predicted(step: Pair) -> int:
