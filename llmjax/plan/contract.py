@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmjax.errors import DATA, IO, Refused
@@ -103,14 +104,17 @@ def read(path: Path) -> Contract:
 def check(path: Path, contract: Contract, tolerance: float = 0.05) -> list[str]:
     """How a program breaks the contract in a file, a sentence for each: what it sends anew, or more of than before.
 
-    Less is no departure. Bytes may grow by the tolerance, a share.
+    Less is no departure. Bytes may grow by the tolerance, a share. Another compiler joins messages of several modules
+    in other ways: against a contract of one, the sums over modules are compared.
 
     Raises:
       Refused: the file holds no contract.
     """
     agreed = read(path)
-    allowed, said = {term.key: term for term in agreed.terms}, []
-    for term in contract.terms:
+    same = agreed.about.get("compiler") == contract.about.get("compiler")
+    were, now = (each.terms if same else _over_modules(each.terms) for each in (agreed, contract))
+    allowed, said = {term.key: term for term in were}, []
+    for term in now:
         before = allowed.get(term.key)
         source = f"; from {term.sources[0]}" if term.sources else ""
         if before is None:
@@ -123,3 +127,13 @@ def check(path: Path, contract: Contract, tolerance: float = 0.05) -> list[str]:
             more = f", {100 * (size / before - 1):.0f}%" if before else ""
             said.append(f"memory for {name}: {size:,} bytes on a device{more} more than {before:,}")
     return said
+
+
+def _over_modules(terms: Sequence[Term]) -> list[Term]:
+    groups = collections.defaultdict(list)
+    for term in terms:
+        groups[term.kind, term.axes].append(term)
+    return [
+        Term(*key, "all modules", sum(t.count for t in same), sum(t.bytes for t in same), same[0].sources)
+        for key, same in groups.items()
+    ]
