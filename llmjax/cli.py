@@ -180,18 +180,19 @@ def _by_name():
 def _train(run: "Run", arguments: list[str]) -> int:
     import tyro
 
-    from llmjax.processes import Processes
+    from llmjax.processes import Processes, Supervised
     from llmjax.run import Run
 
     @dataclasses.dataclass(frozen=True)
     class Train:
         run: Annotated[Run, tyro.conf.arg(name="")]
         processes: Processes = Processes()
+        supervised: Supervised = Supervised()
 
     asked = parse(Train(run), arguments, f"train {run.name}", f"Trains, or continues, {run.name}.")
     from llmjax.commands.train import train
 
-    return train(dataclasses.replace(asked.run, name=asked.run.name or run.name), asked.processes)
+    return train(dataclasses.replace(asked.run, name=asked.run.name or run.name), asked.processes, asked.supervised)
 
 
 def _bench(run: "Run", arguments: list[str]) -> int:

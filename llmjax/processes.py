@@ -35,6 +35,16 @@ class Processes:
     "Emulated CPU devices of each process; 0: the devices of the mesh."
 
 
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """What `llmjax supervise` tells a run that it starts."""
+
+    heartbeat: str = ""
+    "File that says how far the run is, as JSON; rewritten while there is progress."
+    fallback: bool = False
+    "Train on fallback_mesh instead of mesh."
+
+
 def start(cluster: Cluster, processes: Processes | None = None) -> list[jax.Device]:
     """Joins the run's processes and returns the devices of the mesh, all processes together.
 

@@ -37,6 +37,30 @@ class DiLoCo:
 
 
 @dataclasses.dataclass(frozen=True)
+class Guard:
+    """What is done about a step whose numbers cannot be right, and how far to look for such.
+
+    A step is bad where its loss or gradient norm is not finite, or, if asked, a spike. The state never takes it over,
+    under any policy.
+    """
+
+    policy: Literal["abort", "skip", "rewind"] = "abort"
+    "abort: stop with exit code 70. skip: go on without it. rewind: go back to a checkpoint and leave its batch out."
+    sigmas: float = 0.0
+    "Loss or gradient norm this many deviations above their mean over the last 128 steps is a spike; 0: nothing is."
+    limit: int = 3
+    "Bad steps, or rewinds to one checkpoint, in a row that are borne; one more stops the run with exit code 70."
+    window: int = 1
+    "Batches that a rewind leaves out, from the bad step's on."
+    skip: tuple[int, ...] = ()
+    "Steps, counted from 1, whose batches are left out from the start."
+    replicas: int = 0
+    "Steps between two comparisons of the copies of every parameter on all devices; 0: never."
+    repeat: int = 0
+    "Steps between two steps that are computed twice and compared; 0: never."
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A training run. The same value gives the same numbers on every mesh.
 
@@ -54,6 +78,8 @@ class Run:
     "What is minimised."
     mesh: Cluster
     "Where it runs: a name that `llmjax meshes` lists."
+    fallback_mesh: Cluster | None = None
+    "Where it goes on when devices of `mesh` are lost for good, with the same global batch; see `llmjax supervise`."
     axes: Axes = Axes()
     layout: Layout = layouts.dp
     "What is cut over which mesh axis: a kind of parallelism, or several joined by _, such as fsdp_tp."
@@ -75,6 +101,7 @@ class Run:
     "Largest global norm of the gradient; 0 switches clipping off."
     local: DiLoCo = DiLoCo(every=0)
     "Local SGD over axis data; off by default."
+    guard: Guard = Guard()
     seed: int = 0
     "Seeds the weights and the order of the data."
     eval_every: int = 0
@@ -104,8 +131,9 @@ class Run:
 
 
 # What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
-FREE = frozenset({"mesh", "axes", "layout", "pipeline", "accumulate", "remat", "eval_every", "eval_rows", "save_every",
-                  "save_minutes", "keep", "keep_every", "keep_best", "prompts", "runs"})  # fmt: skip
+FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumulate", "remat", "guard", "eval_every",
+                  "eval_rows", "save_every", "save_minutes", "keep", "keep_every", "keep_best", "prompts",
+                  "runs"})  # fmt: skip
 
 
 def fingerprint(run: Run) -> str:

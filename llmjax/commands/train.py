@@ -19,7 +19,7 @@ from llmjax.errors import DATA, DONE, IO, PREEMPTED, USAGE, Refused
 from llmjax.evaluate.generate import Sampling, complete
 from llmjax.mesh import Axes
 from llmjax.plan import kept
-from llmjax.processes import Processes
+from llmjax.processes import Processes, Supervised
 from llmjax.run import FREE, Run, differences, fingerprint, to_json
 from llmjax.train import loop
 from llmjax.train.display import Display, count, duration, memory
@@ -29,7 +29,12 @@ from llmjax.train.records import Records, read
 from llmjax.train.step import State
 
 
-def train(run: Run, processes: Processes = Processes(), display: Display | None = None) -> int:
+def train(
+    run: Run,
+    processes: Processes = Processes(),
+    supervised: Supervised = Supervised(),
+    display: Display | None = None,
+) -> int:
     """Trains, or continues, the run in its directory; returns an exit code (see llmjax.errors).
 
     Raises:
