@@ -162,14 +162,14 @@ def _by_name():
     def named(kind: type, metavar: str, look_up: Callable[[str], Any]):
         @registry.primitive_rule
         def rule(info: tyro.constructors.PrimitiveTypeInfo):
-            if info.type is not kind:
+            if info.type not in (kind, kind | None):
                 return None
             return tyro.constructors.PrimitiveConstructorSpec(
                 nargs=1,
                 metavar=metavar,
                 instance_from_str=lambda given: look_up(given[0]),
-                is_instance=lambda value: isinstance(value, kind),
-                str_from_instance=lambda value: [value.name],
+                is_instance=lambda value: value is None or isinstance(value, kind),
+                str_from_instance=lambda value: ["none" if value is None else value.name],
             )
 
     named(Cluster, "NAME", lambda name: names.load("meshes", name, "cluster"))
