@@ -37,6 +37,7 @@ class Program:
     init: Callable[[jax.Array], steps.State]
     step: Callable[[steps.State, Any], tuple[steps.State, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+    pass_over: Callable[[steps.State], steps.State]
     flops_per_token: float | None = None  # causal attention; None where the model does not say
     peak: float | None = None  # bfloat16 FLOP/s of all chips; None where it is not known
 
@@ -92,7 +93,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     )
     tx = transformation(run)
     init = functools.partial(steps.init, run.model.init, tx)
-    step = functools.partial(steps.train_step, loss=run.loss, tx=tx)
+    step = functools.partial(steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas)
     if run.local.every:
         init = functools.partial(diloco.init, run.model.init, tx)
         step = functools.partial(diloco.train_step, loss=run.loss, tx=tx, how=run.local, last=run.steps)
@@ -105,6 +106,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         init=jax.jit(init, compiler_options=ONCE if on_cpu else None),
         step=jax.jit(step, donate_argnums=0),
         evaluate=jax.jit(functools.partial(steps.eval_step, loss=getattr(run.loss, "held_out", run.loss))),
+        pass_over=jax.jit(steps.passed_over, donate_argnums=0),
         flops_per_token=flops,
         peak=chip.flops and flops and chip.flops * mesh.size,
     )

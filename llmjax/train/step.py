@@ -14,6 +14,19 @@ from llmjax.train.loss import Batch, Sums
 
 Loss = Callable[[nnx.Module, Batch], tuple[jax.Array, Sums]]
 
+RECENT = 128  # good steps that a spike is measured against
+ENOUGH = 64  # with fewer of them nothing is a spike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What tells a bad step, kept with the state so that a resumed run judges as an unbroken one."""
+
+    good: jax.Array  # bool: the last step was; after a bad one, steps change nothing until `passed_over`
+    seen: jax.Array  # int32: good steps so far
+    recent: jax.Array  # float32 [2, RECENT]: loss and gradient norm of the last good steps
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +36,18 @@ class State:
     step: jax.Array
     model: nnx.Module
     opt: optax.OptState
+    watch: Watch | None = None  # without it a bad step changes nothing and the next one goes on
 
 
 def init(build: Callable[[jax.Array], nnx.Module], tx: optax.GradientTransformation, key: jax.Array) -> State:
     """The state before step 0. Traced under jit, every array is born where the layout wants it."""
     model = build(key)
-    return State(jnp.int32(0), model, tx.init(model))
+    return State(jnp.int32(0), model, tx.init(model), watch())
+
+
+def watch() -> Watch:
+    """Before anything was seen."""
+    return Watch(jnp.bool(True), jnp.int32(0), jnp.zeros((2, RECENT)))
 
 
 def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True) -> tuple[jax.Array, Sums, nnx.Module]:
@@ -60,18 +79,60 @@ def _zeros(call: Callable, model: nnx.Module, batch: Batch):
 
 
 def train_step(
-    state: State, batch: Batch, *, loss: Loss, tx: optax.GradientTransformation, mean: bool = True
+    state: State,
+    batch: Batch,
+    *,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    mean: bool = True,
+    sigmas: float = 0.0,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One optimizer step; metrics are `loss`, `grad_norm` (before clipping) and the loss's sums.
+    """One optimizer step; metrics are `loss`, `grad_norm` (before clipping), the loss's sums, and `good`.
 
-    A loss with a method `rebalance` changes by it what no gradient moves, given the sums of the whole step.
+    A step is bad, and changes nothing, where loss or gradient norm is not finite or, with `sigmas`, a spike. With a
+    watch, the steps after it change nothing either until `passed_over`, so whoever reads the metrics later still has
+    the state that the bad step began with. A loss with a method `rebalance` changes by it what no gradient moves, given
+    the sums of the whole step.
     """
     total, sums, grads = gradients(state.model, batch, loss, mean=mean)
     updates, opt = tx.update(grads, state.opt, state.model)
     model = optax.apply_updates(state.model, updates)
     if rebalance := getattr(loss, "rebalance", None):
         model = rebalance(model, sums)
-    return State(state.step + 1, model, opt), dict(loss=total, grad_norm=optax.tree.norm(grads), **sums)
+    norm = optax.tree.norm(grads)
+    seen, good = _judged(state.watch, jnp.stack([total, norm]), sigmas)
+    model, opt = jax.tree.map(lambda new, old: jnp.where(good, new, old), (model, opt), (state.model, state.opt))
+    step = state.step + (1 if seen is None else good)
+    return State(step, model, opt, seen), dict(loss=total, grad_norm=norm, good=good, **sums)
+
+
+def _judged(watch: Watch | None, found: jax.Array, sigmas: float) -> tuple[Watch | None, jax.Array]:
+    """The watch after a step with this loss and gradient norm, and whether its update counts."""
+    good = jnp.all(jnp.isfinite(found))
+    if watch is None:
+        return None, good
+    if sigmas:
+        good &= jnp.all(found <= highest(watch, sigmas))
+    good &= watch.good
+    here = jnp.broadcast_to(jnp.arange(RECENT) == watch.seen % RECENT, watch.recent.shape) & good
+    recent = jnp.where(here, jnp.broadcast_to(found[:, None], watch.recent.shape), watch.recent)
+    return Watch(good, watch.seen + good, recent), good
+
+
+def highest(watch: Watch, sigmas: float) -> jax.Array:
+    """The largest loss and gradient norm [2] that are no spike: so many deviations above the mean of the last steps."""
+    count = jnp.minimum(watch.seen, RECENT)
+    counted = jnp.broadcast_to(jnp.arange(RECENT) < count, watch.recent.shape)
+    mean = jnp.sum(watch.recent, 1, where=counted) / jnp.maximum(count, 1)
+    off = watch.recent - jnp.broadcast_to(mean[:, None], watch.recent.shape)
+    deviation = jnp.sqrt(jnp.sum(off**2, 1, where=counted) / jnp.maximum(count, 1))
+    return jnp.where(count >= ENOUGH, mean + sigmas * deviation, jnp.inf)
+
+
+def passed_over(state: State) -> State:
+    """The state after a step whose batch is left out: one step on, and nothing else is changed."""
+    watch = None if state.watch is None else dataclasses.replace(state.watch, good=jnp.bool(True))
+    return dataclasses.replace(state, step=state.step + 1, watch=watch)
 
 
 def eval_step(model: nnx.Module, batch: Batch, *, loss: Loss) -> tuple[jax.Array, jax.Array]:
