@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from llmjax.errors import DONE, IO, PEER_LOST, Refused, did_you_mean
+from llmjax.errors import DONE, IO, PEER_LOST, PREEMPTED, Refused, did_you_mean
+from llmjax.notice import Notice, Stopped
 
 if TYPE_CHECKING:
     from llmjax.run import Run
@@ -64,6 +65,9 @@ def _exit(call: Callable[..., int], *arguments) -> None:
     except Refused as refusal:
         print(f"llmjax: {refusal}", file=sys.stderr)
         code = refusal.code
+    except Stopped:
+        print("llmjax: stopped before there was anything to save: run the same command to continue.", file=sys.stderr)
+        code = PREEMPTED
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -178,6 +182,11 @@ def _by_name():
 
 
 def _train(run: "Run", arguments: list[str]) -> int:
+    with Notice() as notice:
+        return _train_noticing(run, arguments, notice)
+
+
+def _train_noticing(run: "Run", arguments: list[str], notice: Notice) -> int:
     import tyro
 
     from llmjax.processes import Processes, Supervised
@@ -192,7 +201,8 @@ def _train(run: "Run", arguments: list[str]) -> int:
     asked = parse(Train(run), arguments, f"train {run.name}", f"Trains, or continues, {run.name}.")
     from llmjax.commands.train import train
 
-    return train(dataclasses.replace(asked.run, name=asked.run.name or run.name), asked.processes, asked.supervised)
+    named = dataclasses.replace(asked.run, name=asked.run.name or run.name)
+    return train(named, asked.processes, asked.supervised, notice)
 
 
 def _bench(run: "Run", arguments: list[str]) -> int:

@@ -1,8 +1,12 @@
 """The processes of a run: joining a cluster, a loopback cluster on one machine, and leaving."""
 
+import collections
 import dataclasses
+import hashlib
 import importlib.util
+import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -10,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +22,7 @@ from jax.sharding import NamedSharding
 
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PEER_LOST, PREEMPTED, USAGE, Refused
 from llmjax.mesh import Cluster
+from llmjax.rollcall import roll_call
 
 GRACE = 5.0  # seconds that the others get to end by themselves once one process has failed, and again once told to
 
@@ -33,6 +39,10 @@ class Processes:
     "Which of them this is, from 0."
     devices: int = 0
     "Emulated CPU devices of each process; 0: the devices of the mesh."
+    timeout: int = 300
+    "Seconds that a process waits for the others at the start."
+    patience: int = 60
+    "Seconds without a sign of life after which a process counts as lost."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +71,7 @@ def start(cluster: Cluster, processes: Processes | None = None) -> list[jax.Devi
     if processes.coordinator:
         _join(processes)
     elif not each and processes.count != 1:
-        _detect(os.environ)
+        _detect(os.environ, processes)
     compiler_only()
     devices = jax.devices()
     if jax.process_count() > 1 and devices[0].platform == "cpu":
@@ -95,6 +105,9 @@ def _check(cluster: Cluster, processes: Processes) -> None:
             raise Refused(f"processes.index is {processes.index}: give 0 to {processes.count - 1}, one each.")
     elif processes.count > 1 or processes.index > 0:
         raise Refused("processes.coordinator is empty: give host:port of process 0, or use `llmjax launch`.")
+    if processes.timeout < 1 or processes.patience < 1:
+        field = "timeout" if processes.timeout < 1 else "patience"
+        raise Refused(f"processes.{field} is {getattr(processes, field)}: give a number of seconds.")
     if processes.devices < 0:
         raise Refused(f"processes.devices is {processes.devices}: give a positive number, or 0 for the mesh's own.")
     if cluster.emulated:
@@ -123,16 +136,19 @@ def _join(processes: Processes) -> None:
     loopback = processes.coordinator.startswith("127.")
     if loopback:
         jax.config.update("jax_check_proxy_envs", False)  # a proxy is never asked for this machine: no warning
+    roll_call(processes.coordinator, processes.count, processes.index, processes.timeout)
     jax.distributed.initialize(
         processes.coordinator,
         processes.count,
         processes.index,
         cluster_detection_method="deactivate",
+        initialization_timeout=processes.timeout,
+        heartbeat_timeout_seconds=processes.patience,
         coordinator_bind_address=processes.coordinator if loopback else None,  # the default binds every interface
     )
 
 
-def _detect(environment: Mapping[str, str]) -> None:
+def _detect(environment: Mapping[str, str], processes: Processes) -> None:
     """Joins the cluster that JAX detects, if there is one.
 
     JAX detects by environment variables, and by a TPU on the PCI bus before it asks for any metadata; alone, it
@@ -151,7 +167,9 @@ def _detect(environment: Mapping[str, str]) -> None:
             "--processes.count 1."
         )
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(
+            initialization_timeout=processes.timeout, heartbeat_timeout_seconds=processes.patience
+        )
     except ValueError as error:
         if "coordinator_address" not in str(error):
             raise Refused(
@@ -230,6 +248,55 @@ def agree(value: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def share(value: Any) -> Any:
+    """The first process's value (JSON), on every process; it waits for all of them."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode() if jax.process_index() == 0 else b""
+    padded = np.zeros(agree(len(text)), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)))
+
+
+def gather(text: str) -> list[str]:
+    """What every process says, in their order, on all of them."""
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    said = text.encode()
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(said)))))
+    padded = np.frombuffer(said.ljust(longest, b"\0"), np.uint8)
+    return [bytes(row).rstrip(b"\0").decode() for row in np.asarray(multihost_utils.process_allgather(padded))]
+
+
+def agreement(facts: Mapping[str, Any], code: int = USAGE) -> None:
+    """Returns if all processes say the same of everything; each calls it with the same names, at the same point.
+
+    Raises:
+      Refused: with `code`, the names of what differs, and the processes that differ from most, on all of them.
+    """
+    mine = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in facts.items()}
+    said = [json.loads(text) for text in gather(json.dumps([platform.node(), mine]))]
+    odd: dict[int, list[str]] = {}
+    for name in mine:
+        values = [theirs.get(name) for _, theirs in said]
+        usual = collections.Counter(values).most_common(1)[0][0]
+        for index, value in enumerate(values):
+            if value != usual:
+                odd.setdefault(index, []).append(name)
+    if odd:
+        index, names = next(iter(odd.items()))
+        others = f" (and {len(odd) - 1} more processes)" if len(odd) > 1 else ""
+        raise Refused(
+            f"process {index} on {said[index][0]}{others} differs from the others in {', '.join(names)}: start every "
+            "process with the same command, code and data.",
+            code,
+        )
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -1,47 +1,66 @@
 """From a Run to a trained model: set up, resume, train, evaluate, complete the prompts, sum up."""
 
 import contextlib
+import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import platform
+import signal
 import subprocess
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
+import llmjax
 from llmjax import mesh as meshes
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints, like
 from llmjax.checkpoint.retention import Retention
 from llmjax.data.dataset import check_rows
-from llmjax.errors import DATA, DONE, IO, PREEMPTED, USAGE, Refused
+from llmjax.errors import DATA, DONE, IO, NON_FINITE, PREEMPTED, USAGE, Refused
 from llmjax.evaluate.generate import Sampling, complete
 from llmjax.mesh import Axes
+from llmjax.notice import Notice
 from llmjax.plan import kept
 from llmjax.processes import Processes, Supervised
 from llmjax.run import FREE, Run, differences, fingerprint, to_json
 from llmjax.train import loop
 from llmjax.train.display import Display, count, duration, memory
-from llmjax.train.loop import Ledger
-from llmjax.train.program import Program, bytes_per_device, make, resolve
+from llmjax.train.ledger import Heartbeat, Ledger, owned
+from llmjax.train.loop import decisive
+from llmjax.train.program import Program, bytes_per_device, fallen_back, make, resolve
 from llmjax.train.records import Records, read
-from llmjax.train.step import State
+from llmjax.train.spent import Spent
+from llmjax.train.step import State, watch
 
 
 def train(
     run: Run,
     processes: Processes = Processes(),
     supervised: Supervised = Supervised(),
+    notice: Notice | None = None,
     display: Display | None = None,
 ) -> int:
     """Trains, or continues, the run in its directory; returns an exit code (see llmjax.errors).
 
+    Without a `notice`, signals do what they always do.
+
     Raises:
       Refused: the run, its data or its directory cannot be used as asked.
     """
-    began = time.monotonic()
+    spent = Spent()
+    run = fallen_back(run) if supervised.fallback else run
+    heartbeat = Heartbeat(supervised.heartbeat, run.folder(), fallback=supervised.fallback)
+    heartbeat(0, "start")
     devices = system.start(run.mesh, processes)
+    stop = stopping(notice)
+    system.agreement(decisive(run) | dict(code=code(), jax=jax.__version__))
     first = jax.process_index() == 0
     display = display or Display(quiet=not first)
     mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
@@ -52,36 +71,111 @@ def train(
         display.say(next_steps(run))
         return DONE
     dataset = open_data(program, display, first)
-    if first:
-        claim(folder, run)
-    system.barrier("run directory")
-    cache_compiled_programs(Path(run.runs))
     with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(claimed(folder, run, display))
+        system.barrier("run directory")
+        cache_compiled_programs(Path(run.runs))
         stack.enter_context(program.context())
         retention = Retention(run.keep, run.keep_every, run.keep_best)
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", retention, display.say))
         records = stack.enter_context(Records(folder)) if first else None
-        ledger = Ledger(display, checkpoints, records)
+        ledger = Ledger(display, checkpoints, records, spent, heartbeat)
+        spent.mark("start")
         state, start = restore(program, dataset, ledger)
+        spent.mark("restore")
         if first:
             write_environment(folder, program, devices)
             if dataset.tokenizer is not None:
                 dataset.tokenizer.save(str(folder / "tokenizer.json"))
         header(program, state, dataset, start, display)
-        ledger.event("start", step=start, devices=len(devices), seconds=time.monotonic() - began)
-        stop = stack.enter_context(loop.interrupts(display.say))
-        state, done = loop.steps(program, state, start, dataset, ledger, stop)
-        loop.save(program, state, done, dataset, ledger)
+        spent.mark("start")
+        ledger.event(
+            "start", step=start, devices=len(devices), seconds=spent.elapsed(),
+            process_began=time.time() - spent.elapsed(),
+        )  # fmt: skip
+        if notice:
+            notice.save_first()
+        state, done = steps(program, state, start, dataset, ledger, stop)
+        loop.save(program, state, done, dataset, ledger, last=True)
         checkpoints.wait()
-        if done < run.steps:
+        spent.mark("save")
+        facts = loop.evaluate(program, state, dataset, ledger, done, stop=stop) if done == run.steps else None
+        if facts is None:
             ledger.event("stop", step=done)
+            ledger.account(now=True)
             display.say(f"Stopped and saved after step {done:,} of {run.steps:,}: run the same command to continue.")
             return PREEMPTED
-        facts = loop.evaluate(program, state, dataset, ledger, done)
         samples(program, state, dataset, folder, display, first)
-        ledger.event("finish", step=done, seconds=time.monotonic() - began)
-        summary(program, facts, dataset, folder, display, time.monotonic() - began)
+        heartbeat(done, "finish")
+        spent.mark("evaluate")
+        ledger.account(now=True)
+        ledger.event("finish", step=done, seconds=spent.elapsed())
+        summary(program, facts, dataset, folder, display, spent.elapsed())
     return DONE
+
+
+def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, stop: Callable[[], bool]):
+    """The loop, from checkpoint to checkpoint where bad steps make the run go back."""
+    guard, rewinds = program.run.guard, Counter()
+    while True:
+        left_out = system.share(sorted(skipped(program.run, ledger)))
+        try:
+            return loop.steps(program, state, start, dataset, ledger, stop, frozenset(left_out))
+        except loop.Rewind as bad:
+            step = bad.step
+        del state  # before another one takes its place
+        ledger.checkpoints.wait()
+        ledger.event("rewind", step=step, window=guard.window)
+        ledger.display.say(f"step {step} was bad: going back, and leaving {guard.window} batch(es) out from there.")
+        state, start = restore(program, dataset, ledger)
+        ledger.spent.mark("restore")
+        rewinds[start] += 1
+        if rewinds[start] > guard.limit:
+            raise Refused(
+                f"step {step}: the run went back to step {start} {guard.limit} times and came to another bad step each "
+                "time: lower --optimizer.lr, or raise --guard.limit or --guard.window.",
+                NON_FINITE,
+            )
+
+
+def skipped(run: Run, ledger: Ledger) -> set[int]:
+    """The steps, counted from 1, whose batches are left out: the run's own and those that the events tell."""
+    found = set(run.guard.skip)
+    for event in read(run.folder() / "events.jsonl") if ledger.records else ():
+        if event["kind"] == "skip":
+            found.add(event["step"])
+        if event["kind"] == "rewind":
+            found.update(range(event["step"], event["step"] + event["window"]))
+    return found
+
+
+def stopping(notice: Notice | None) -> Callable[[], bool]:
+    """The question "shall we stop here?", answered alike on all processes, which all ask it at the same points.
+
+    Several processes agree through JAX's preemption sync point, which has SIGTERM for itself from here on.
+    """
+    if jax.process_count() == 1:
+        return lambda: notice is not None and notice.asked
+    if notice:
+        notice.forward(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    asked = itertools.count()
+    agreed: list[bool] = []
+
+    def stop() -> bool:
+        if not agreed and multihost_utils.reached_preemption_sync_point(next(asked)):
+            agreed.append(True)
+        return bool(agreed)
+
+    return stop
+
+
+def code() -> str:
+    """A digest of the library's own source, which is the same where the same numbers are computed."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(llmjax.__path__[0]).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def directory(run: Run) -> Path:
@@ -111,15 +205,26 @@ def directory(run: Run) -> Path:
     return folder
 
 
-def claim(folder: Path, run: Run) -> None:
-    """Makes the directory this run's; comes last of all that may be refused, so that a mistake leaves no trace."""
+@contextlib.contextmanager
+def claimed(folder: Path, run: Run, display: Display) -> Iterator[None]:
+    """Makes the directory this run's, and this process's until the end of the context.
+
+    It comes last of all that may be refused, so that a mistake leaves no trace.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / "run.json.new"
-        scratch.write_text(json.dumps(to_json(run), indent=1) + "\n", encoding="utf-8")
-        scratch.replace(folder / "run.json")
     except OSError as error:
         raise Refused(f"{folder} cannot be written ({error.strerror}): choose another folder, --runs.", IO) from error
+    with owned(folder, display.say):
+        try:
+            scratch = folder / "run.json.new"
+            scratch.write_text(json.dumps(to_json(run), indent=1) + "\n", encoding="utf-8")
+            scratch.replace(folder / "run.json")
+        except OSError as error:
+            raise Refused(
+                f"{folder} cannot be written ({error.strerror}): choose another folder, --runs.", IO
+            ) from error
+        yield
 
 
 def cache_compiled_programs(runs: Path) -> None:
@@ -142,6 +247,7 @@ def open_data(program: Program, display: Display, first: bool):
     dataset = run.data.open(run.sequence, cache, display.say)
     if first:
         system.barrier("data")
+    system.agreement(dict(data=dataset.fingerprint), DATA)
     check_rows(dataset, run.batch)
     vocab = getattr(run.model, "vocab", None)
     if vocab and dataset.vocab and dataset.vocab > vocab:
@@ -160,7 +266,7 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
         if ledger.records:
             if read(program.run.folder() / "metrics.jsonl"):
                 ledger.display.say(f"{program.run.folder()} has no checkpoint yet: starting again from step 0.")
-            ledger.records.rewind(0)
+            redo(ledger, 0)
         return program.init(jax.random.key(program.run.seed)), 0
     facts = ledger.checkpoints.facts(step)
     if facts.get("data") not in (None, dataset.fingerprint):
@@ -170,9 +276,11 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
             DATA,
         )
     if facts.get("config") not in (None, fingerprint(program.run)):
+        fields = ", ".join(differences(facts.get("run", {}), decisive(program.run))) if "run" in facts else ""
         raise Refused(
             f"checkpoint {step} of {program.run.folder()} was written by a run of another config than its run.json "
-            f"says: continue it where it was written, or start afresh with another --name.",
+            f"says{f', which differs in {fields}' if fields else ''}: continue it where it was written, or start "
+            f"afresh with another --name.",
             DATA,
         )
     workers, data = facts.get("mesh", {}).get("data"), program.mesh.shape["data"]
@@ -181,11 +289,23 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
             f"axes.data is {data}, but checkpoint {step} of {program.run.folder()} has {workers} workers of local SGD: "
             f"continue with --axes.data {workers}, or start afresh with another --name."
         )
-    state = ledger.checkpoints.restore(step, like(program.abstract_state(), program.mesh))
+    wanted = program.abstract_state()
+    if not facts.get("watched"):  # as older versions wrote it
+        wanted = dataclasses.replace(wanted, watch=None)
+    state = ledger.checkpoints.restore(step, like(wanted, program.mesh))
+    if state.watch is None and not program.run.local.every:
+        state = dataclasses.replace(state, watch=jax.jit(watch)())
     if ledger.records:
-        ledger.records.rewind(step, program.run.steps)
+        redo(ledger, step, program.run.steps)
     ledger.display.say(f"Continuing {program.run.folder()} from step {step:,}.")
     return state, step
+
+
+def redo(ledger: Ledger, step: int, end: int | None = None) -> None:
+    """Takes back what the records say of the steps that will be done again."""
+    dropped = [line for line in ledger.records.rewind(step, end) if "step_ms" in line and not line.get("compiled")]
+    if dropped:
+        ledger.event("redo", steps=len(dropped), seconds=sum(line["step_ms"] for line in dropped) / 1e3)
 
 
 def header(program: Program, state: State, dataset, start: int, display: Display) -> None:

@@ -8,87 +8,102 @@ import dataclasses
 import functools
 import importlib.metadata
 import math
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Set
+from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 import llmjax
-from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax import processes
 from llmjax.data.batches import order, place, prefetch
-from llmjax.errors import NON_FINITE, Refused
+from llmjax.errors import IO, NON_FINITE, Refused
 from llmjax.optim import schedules
-from llmjax.run import fingerprint
-from llmjax.train import diloco
-from llmjax.train.display import Display
+from llmjax.run import FREE, Run, fingerprint, to_json
+from llmjax.train import blackbox, corruption, diloco
+from llmjax.train.ledger import Ledger
 from llmjax.train.program import Program
-from llmjax.train.records import Records
 from llmjax.train.step import State
 from llmjax.train.timed import Timed
 
 
-@dataclasses.dataclass(frozen=True)
-class Ledger:
-    """What the loop writes to; the records are None on every process but the first."""
+class Rewind(Exception):
+    """Step number `step`, counted from 1, was bad, and the run is to go back to a checkpoint and leave it out."""
 
-    display: Display
-    checkpoints: Checkpoints
-    records: Records | None
-
-    def metrics(self, **facts) -> None:
-        if self.records:
-            self.records.metrics(facts)
-
-    def event(self, kind: str, **facts) -> None:
-        if self.records:
-            self.records.event(kind, **facts)
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A step that was dispatched and whose metrics have not been read."""
+    """A step, counted from 0, that was dispatched and whose metrics have not been read."""
 
     step: int
+    batch: Any
     metrics: dict[str, jax.Array]
     waited_ms: float
 
 
-def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, stop: Callable[[int], bool]):
-    """Trains from step `start`; returns the state and the number of steps done when the run ends or must stop."""
-    run, sharding = program.run, program.batch_sharding()
+def steps(
+    program: Program,
+    state: State,
+    start: int,
+    dataset,
+    ledger: Ledger,
+    stop: Callable[[], bool],
+    left_out: Set[int] = frozenset(),
+) -> tuple[State, int]:
+    """Trains from step `start`; returns the state and the number of steps done when the run ends or must stop.
+
+    `stop` says, alike on every process, whether it was asked to; `left_out` are the steps, counted from 1, whose
+    batches are not used.
+
+    Raises:
+      Refused: a step was bad and the run's guard does not bear it.
+      Rewind: a step was bad and the run is to go back.
+    """
+    run = program.run
 
     def batch_of(step):
-        rows = order(step, batch=run.batch, size=dataset.size("train"), seed=run.seed)
-        return place(dataset, "train", rows, accumulate=program.accumulate, sharding=sharding)
+        if step + 1 in left_out:
+            return None
+        rows = rows_of(run, dataset, step)
+        return place(dataset, "train", rows, accumulate=program.accumulate, sharding=program.batch_sharding())
 
-    report, pending, done = Reporter(program, ledger, start), None, start
+    report, done = Reporter(program, dataset, ledger, start, left_out), start
     clock = Timed(60 * run.save_minutes, start)
     with contextlib.closing(prefetch(batch_of, start, run.steps)) as batches, ledger.display.progress(start, run.steps):
+        if start and evaluates(run, start) and not processes.share(ledger.evaluated(start)):
+            evaluate(program, state, dataset, ledger, start, rows=run.eval_rows, stop=stop)
         for step, batch, waited_ms in batches:
-            state, metrics = program.step(state, batch)
-            if pending:
-                report(pending)
-            pending, done = Pending(step, metrics, waited_ms), step + 1
-            saves, evaluates = due(done, run.save_every), due(done, run.eval_every) and done < run.steps
-            if saves or evaluates or clock.looks(done) or done == run.steps:
-                report(pending)
-                pending = None
+            if batch is None:
+                state = program.pass_over(report.settle(state))
+                report.passed_over(step)
+            else:
+                state = report.take(state, step, batch, waited_ms)
+            done = step + 1
+            saves = due(done, run.save_every)
+            if saves or evaluates(run, done) or clock.looks(done) or done == run.steps:
+                state = report.settle(state)
             evaluated = {}
-            if evaluates:
-                evaluated = evaluate(program, state, dataset, ledger, done, rows=run.eval_rows)
-                report.restart()
+            if evaluates(run, done):
+                evaluated = evaluate(program, state, dataset, ledger, done, rows=run.eval_rows, stop=stop)
             if (clock.due(done) or saves) and done < run.steps:
                 clock.saved(done)
-                save(program, state, done, dataset, ledger, evaluated)
-            if stop(done):
+                save(program, state, done, dataset, ledger, evaluated or {})
+            if run.guard.replicas and done % run.guard.replicas == 0:
+                corruption.replicas(state.model, program.mesh)
+            if stop():
                 break
-        if pending:
-            report(pending)
+        state = report.settle(state)
+    ledger.account(now=True)
     return state, done
+
+
+def rows_of(run: Run, dataset, step: int) -> np.ndarray:
+    """The rows of the global batch of a step, counted from 0."""
+    return order(step, batch=run.batch, size=dataset.size("train"), seed=run.seed)
 
 
 def due(step: int, every: int) -> bool:
@@ -96,45 +111,112 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class Reporter:
-    """Reads the metrics of finished steps, in order, and times them."""
+def evaluates(run: Run, done: int) -> bool:
+    """Whether the run evaluates after so many steps, on its way."""
+    return due(done, run.eval_every) and done < run.steps
 
-    def __init__(self, program: Program, ledger: Ledger, start: int):
+
+class Reporter:
+    """Dispatches steps; reads the metrics of finished ones, in order, times them, and has a bad one dealt with."""
+
+    def __init__(self, program: Program, dataset, ledger: Ledger, start: int, left_out: Set[int]):
         run = program.run
-        self.program, self.ledger, self.start = program, ledger, start
+        self.program, self.dataset, self.ledger, self.start = program, dataset, ledger, start
         self.tokens = run.batch * run.sequence
         self.rates = learning_rates(run.optimizer, run.steps)
-        self.restart()
+        self.missed = sum(step <= start for step in left_out)  # schedules count the steps that were taken
+        self.pending: Pending | None = None
+        self.bad_in_a_row = 0
+        self.recent: list[float] = []
 
-    def restart(self) -> None:
-        """Leaves out of the timing what happened since the last step."""
-        self.last = time.perf_counter()
-        self.recent: list[float] = getattr(self, "recent", [])
+    def take(self, state: State, step: int, batch: Any, waited_ms: float) -> State:
+        """Dispatches a step, and then reads what the one before it gave; returns the state after the new one."""
+        before, self.pending = self.pending, None
+        new, metrics = self.dispatch(state, step, batch)
+        if before is not None and not self.read(before):
+            state = self.bear(before, new)
+            if state.watch is not None:  # else the new step has been taken, as none waits for the host
+                new, metrics = self.dispatch(state, step, batch)
+        self.pending = Pending(step, batch, metrics, waited_ms)
+        return new
 
-    def __call__(self, pending: Pending) -> None:
-        run, step = self.program.run, pending.step
+    def dispatch(self, state: State, step: int, batch: Any) -> tuple[State, dict[str, jax.Array]]:
+        """The step, or twice the step where it is to be compared with itself."""
+        every = self.program.run.guard.repeat
+        if every and (step + 1) % every == 0:
+            return corruption.repeat(self.program.step, state, batch)
+        return self.program.step(state, batch)
+
+    def settle(self, state: State) -> State:
+        """Reads what is still pending; returns the state as it then is."""
+        pending, self.pending = self.pending, None
+        if pending is not None and not self.read(pending):
+            return self.bear(pending, state)
+        return state
+
+    def passed_over(self, step: int) -> None:
+        """A step, counted from 0, whose batch was left out from the start."""
+        self.missed += 1
+        self.ledger.metrics(step=step + 1, skipped=True)
+
+    def read(self, pending: Pending) -> bool:
+        """Records a step; returns whether it was a good one."""
+        run, step, spent = self.program.run, pending.step, self.ledger.spent
         loss, grad_norm = (diloco.mean(pending.metrics, name) for name in ("loss", "grad_norm"))
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        if step > self.start:  # the first step compiles
+        good = all(np.asarray(shard.data).all() for shard in pending.metrics["good"].addressable_shards)
+        first = step == self.start  # it compiles
+        seconds = spent.mark("compile") if first else spent.mark_split("data", "steps", pending.waited_ms / 1e3)
+        if not first:
             self.recent = [*self.recent[-49:], seconds]
         rate = self.tokens / seconds
         facts = getattr(run.loss, "facts", lambda sums, tokens: {})(pending.metrics, self.tokens)
+        if first:
+            facts["compiled"] = True
+        if not good and run.guard.policy == "skip":
+            facts["skipped"] = True
         self.ledger.metrics(
-            step=step + 1, loss=loss, grad_norm=grad_norm, lr=float(self.rates[step]), tokens=(step + 1) * self.tokens,
-            tokens_per_s=rate, step_ms=1e3 * seconds, mfu=self.mfu(rate), data_wait_ms=pending.waited_ms, **facts,
+            step=step + 1, loss=loss, grad_norm=grad_norm, lr=float(self.rates[step - self.missed]),
+            tokens=(step + 1) * self.tokens, tokens_per_s=rate, step_ms=1e3 * seconds, mfu=self.mfu(rate),
+            data_wait_ms=pending.waited_ms, **facts,
         )  # fmt: skip
+        self.ledger.account()
+        self.ledger.heartbeat(step + 1, "train")
         mean = sum(self.recent or [seconds]) / len(self.recent or [seconds])
         self.ledger.display.step(
             step + 1, run.steps, loss, self.tokens / mean, 1e3 * mean, (run.steps - step - 1) * mean
         )
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.ledger.event("fault", step=step + 1, reason="not finite")
-            raise Refused(
-                f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}, so training stopped and this "
-                f"step was not saved: lower --optimizer.lr, or look at the data of this step.",
-                NON_FINITE,
-            )
+        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+        return good
+
+    def bear(self, pending: Pending, state: State) -> State:
+        """What the run's guard wants done about a bad step; returns the state to go on with."""
+        guard, step, ledger = self.program.run.guard, pending.step + 1, self.ledger
+        rows = rows_of(self.program.run, self.dataset, pending.step)
+        loss, grad_norm = (diloco.mean(pending.metrics, name) for name in ("loss", "grad_norm"))
+        facts = blackbox.contents(self.program, state, step, pending.batch, rows, loss, grad_norm)
+        reason = "a spike" if math.isfinite(loss) and math.isfinite(grad_norm) else "not finite"
+        ledger.fault(facts | dict(reason=reason))
+        if guard.policy == "abort" or self.bad_in_a_row > guard.limit:
+            if state.watch is not None:  # then it is the state that the step began with
+                save(self.program, self.program.try_again(state), pending.step, self.dataset, ledger)
+            raise Refused(self._sentence(step, loss, grad_norm, facts, reason), NON_FINITE)
+        if guard.policy == "rewind":
+            raise Rewind(step)
+        ledger.event("skip", step=step)
+        ledger.display.say(f"step {step}: the loss is {loss:.4g} and the gradient norm {grad_norm:.4g}: skipped.")
+        self.missed += 1
+        return state if state.watch is None else self.program.pass_over(state)
+
+    def _sentence(self, step: int, loss: float, grad_norm: float, facts: dict[str, Any], reason: str) -> str:
+        rows = ", ".join(map(str, facts["rows"][:16])) + (", ..." if len(facts["rows"]) > 16 else "")
+        leaf = blackbox.first_bad(facts)
+        many = f", the {self.bad_in_a_row}th in a row" if self.bad_in_a_row > 1 else ""
+        return (
+            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, which is {reason}{many}"
+            f"{f', in the gradient of {leaf} first' if leaf else ''}, so training stopped and this step was not saved "
+            f"(rows {rows}): lower --optimizer.lr, look at it with `llmjax replay {self.program.run.folder()} "
+            f"--step {step}`, or leave it out with --guard.policy skip."
+        )
 
     def mfu(self, tokens_per_s: float) -> float | None:
         """Share of the chips' bfloat16 peak that the model's causal FLOPs take; None where it is not known."""
@@ -147,12 +229,20 @@ def learning_rates(optimizer, steps: int) -> np.ndarray:
 
 
 def evaluate(
-    program: Program, state: State, dataset, ledger: Ledger, step: int, rows: int | None = None
-) -> dict[str, float]:
-    """Held-out loss in nats per target, and bits per byte where the data is text.
+    program: Program,
+    state: State,
+    dataset,
+    ledger: Ledger,
+    step: int,
+    rows: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Held-out loss in nats per target, and bits per byte where the data is text; None if it was asked to stop.
 
     Over all rows, or over `rows` of them, spread evenly.
     """
+    ledger.spent.mark("steps")
+    ledger.heartbeat(step, "evaluate")
     size, batch = dataset.size("heldout"), program.run.batch
     chosen = np.arange(size) if rows is None else np.unique(np.linspace(0, size - 1, rows).astype(int))
     chosen = np.append(chosen, np.full(-len(chosen) % batch, size))  # rows past the end have weight 0
@@ -163,11 +253,18 @@ def evaluate(
         # and then both wait for ever.
         total += np.asarray(jax.device_get(running) or (0, 0), np.float64)
         running = program.evaluate(state.model, arrays)
+        ledger.heartbeat(step, "evaluate")
+        if stop():
+            jax.block_until_ready(running)
+            ledger.spent.mark("evaluate")
+            return None
     nats, weight = (total + np.asarray(jax.device_get(running), np.float64)).tolist()
     facts = dict(eval_loss=nats / weight)
     if dataset.heldout_bytes:
         facts["bits_per_byte"] = nats / weight / math.log(2) * dataset.heldout_tokens / dataset.heldout_bytes
+    ledger.spent.mark("evaluate")
     ledger.metrics(step=step, **facts, eval_targets=weight)
+    ledger.account(now=True)
     bits = f"  {facts['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in facts else ""
     ledger.display.say(f"step {step}: held-out loss {facts['eval_loss']:.4f}{bits}  ({weight:,.0f} targets)")
     return facts
@@ -181,46 +278,44 @@ def versions() -> dict[str, str]:
 
 
 def save(
-    program: Program, state: State, step: int, dataset, ledger: Ledger, evaluated: Mapping[str, float] = {}
+    program: Program,
+    state: State,
+    step: int,
+    dataset,
+    ledger: Ledger,
+    evaluated: Mapping[str, float] = {},
+    *,
+    last: bool = False,
 ) -> None:
-    """Starts a checkpoint of the state after `step` steps, unless it is there; `evaluated` is what `evaluate` found."""
+    """Starts a checkpoint of the state after `step` steps, unless it is there; `evaluated` is what `evaluate` found.
+
+    One that cannot be written is said and recorded, and training goes on with the one before; the `last` is refused.
+    """
     if ledger.checkpoints.has(step):
         return
+    ledger.spent.mark("steps")
+    ledger.heartbeat(step, "save")
     run = program.run
     facts = dict(
         step=step, tokens=step * run.batch * run.sequence, data=dataset.fingerprint, config=fingerprint(run),
-        mesh=dict(program.mesh.shape), layout=run.layout.name, processes=jax.process_count(),
-        versions=versions(),
+        run=decisive(run), mesh=dict(program.mesh.shape), layout=run.layout.name, processes=jax.process_count(),
+        versions=versions(), watched=state.watch is not None,
         **{name: evaluated[name] for name in ("eval_loss",) if name in evaluated},
     )  # fmt: skip
-    ledger.checkpoints.save(step, state, facts)
-    ledger.event("save", step=step)
+    for attempt in (ledger.checkpoints.wait, lambda: ledger.checkpoints.save(step, state, facts)):
+        try:
+            attempt()
+        except Refused as refusal:
+            if last or refusal.code != IO:
+                raise
+            ledger.display.say(f"Training goes on without it: {refusal}")
+            ledger.event("save_failed", step=step, reason=str(refusal))
+    ledger.spent.mark("save")
+    if ledger.checkpoints.has(step):
+        ledger.event("save", step=step)
+    ledger.account(now=True)
 
 
-@contextlib.contextmanager
-def interrupts(say: Callable[[str], None]) -> Iterator[Callable[[int], bool]]:
-    """Turns Ctrl-C and SIGTERM into an answer to "stop after this step?"; a second Ctrl-C leaves at once.
-
-    Several processes agree on the step through JAX's preemption sync point, which owns SIGTERM there.
-    """
-    asked = []
-
-    def handle(number, frame):
-        if asked:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            raise KeyboardInterrupt
-        asked.append(number)
-        say("Stopping after this step; saving. Press Ctrl-C again to leave at once.")
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        if jax.process_count() > 1:
-            yield multihost_utils.reached_preemption_sync_point
-        else:
-            yield lambda step: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def decisive(run: Run) -> dict[str, Any]:
+    """The fields of a run, as JSON, that decide what it computes."""
+    return {name: value for name, value in to_json(run).items() if name not in FREE | {"is", "name"}}

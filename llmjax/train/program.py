@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from llmjax import mesh as meshes
 from llmjax.checks import check
+from llmjax.errors import Refused
 from llmjax.layout import ways
 from llmjax.mesh import Axes, Chip
 from llmjax.models import nn
@@ -38,6 +39,7 @@ class Program:
     step: Callable[[steps.State, Any], tuple[steps.State, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
     pass_over: Callable[[steps.State], steps.State]
+    try_again: Callable[[steps.State], steps.State]
     flops_per_token: float | None = None  # causal attention; None where the model does not say
     peak: float | None = None  # bfloat16 FLOP/s of all chips; None where it is not known
 
@@ -107,6 +109,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         step=jax.jit(step, donate_argnums=0),
         evaluate=jax.jit(functools.partial(steps.eval_step, loss=getattr(run.loss, "held_out", run.loss))),
         pass_over=jax.jit(steps.passed_over, donate_argnums=0),
+        try_again=jax.jit(steps.ready, donate_argnums=0),
         flops_per_token=flops,
         peak=chip.flops and flops and chip.flops * mesh.size,
     )
@@ -138,6 +141,23 @@ def resolve(run: Run, devices: int) -> Axes:
     return meshes.fill(
         run.axes, devices, used=layout.axes(), rest=layout.rest(), tensor=cluster.tensor, slices=cluster.slices
     )
+
+
+def fallen_back(run: Run) -> Run:
+    """The run on its fall-back mesh: the same global batch, in microbatches of as many rows per device as before.
+
+    Raises:
+      Refused: the run names no mesh to fall back to.
+    """
+    if run.fallback_mesh is None:
+        raise Refused("fallback_mesh is none: name the mesh to fall back to with --fallback-mesh.")
+    other = dataclasses.replace(run, mesh=run.fallback_mesh, axes=Axes())
+    if run.mesh.chips is None or other.mesh.chips is None or run.mesh.chip is None:
+        return other
+    axes, fewer = resolve(run, run.mesh.chips), resolve(other, other.mesh.chips)
+    before = ways(run.layout.inner.get("B"), axes) * (run.accumulate or microbatches(run, axes, run.mesh.chip))
+    accumulate = max(1, before // ways(run.layout.inner.get("B"), fewer))
+    return dataclasses.replace(other, accumulate=accumulate if run.accumulate or not run.mesh.emulated else 0)
 
 
 def microbatches(run: Run, axes: Axes, chip: Chip) -> int:

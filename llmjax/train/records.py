@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ class Records:
             if file is not None:
                 file.close()
 
-    def rewind(self, step: int, end: int | None = None) -> None:
-        """Drops the metrics of what will be done again: steps after `step`, and the evaluation after the last, `end`.
+    def rewind(self, step: int, end: int | None = None) -> list[dict[str, Any]]:
+        """Drops, and returns, the metrics of what will be done again: steps after `step`, and the evaluation of `end`.
 
         A run killed between its last evaluation and the end of its records evaluates once more.
         """
@@ -39,6 +40,7 @@ class Records:
         write(path, [line for line in read(path) if line not in again])
         self._metrics = path.open("a", encoding="utf-8", buffering=1)
         self._start = step
+        return again
 
     def metrics(self, facts: dict[str, Any]) -> None:
         """One line of metrics.jsonl, with at least `step`; finite numbers also go to TensorBoard."""
@@ -55,6 +57,7 @@ class Records:
     def event(self, kind: str, **facts: Any) -> None:
         """One line of events.jsonl: what happened, and when (seconds since 1970)."""
         self._events.write(json.dumps(dict(kind=kind, time=time.time(), **facts)) + "\n")
+        os.fsync(self._events.fileno())
 
 
 def read(path: Path) -> list[dict[str, Any]]:

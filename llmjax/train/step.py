@@ -131,8 +131,13 @@ def highest(watch: Watch, sigmas: float) -> jax.Array:
 
 def passed_over(state: State) -> State:
     """The state after a step whose batch is left out: one step on, and nothing else is changed."""
+    return dataclasses.replace(ready(state), step=state.step + 1)
+
+
+def ready(state: State) -> State:
+    """The state before a bad step, for the next one to be taken."""
     watch = None if state.watch is None else dataclasses.replace(state.watch, good=jnp.bool(True))
-    return dataclasses.replace(state, step=state.step + 1, watch=watch)
+    return dataclasses.replace(state, watch=watch)
 
 
 def eval_step(model: nnx.Module, batch: Batch, *, loss: Loss) -> tuple[jax.Array, jax.Array]:
