@@ -22,6 +22,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax train [EXPERIMENT] [--field value ...]   train, or continue, an experiment (default: stdlib_tiny)
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
   llmjax checkpoints RUN [--verify]               list a run's checkpoints; read them back
+  llmjax replay RUN --step N                      take a step again and see where it stops being finite
   llmjax launch --processes N --devices D train … the same command on N processes of this machine
   llmjax parity [EXPERIMENT] [--layouts …]        show that every layout gives the same numbers (default: stdlib_tiny)
   llmjax plan [EXPERIMENT] [--mesh NAME] ...      foresee memory, messages and speed on any cluster
@@ -33,7 +34,7 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "generate", "checkpoints", "launch", "parity", "plan", "bench", "experiments", "meshes")
+COMMANDS = ("train", "generate", "checkpoints", "replay", "launch", "parity", "plan", "bench", "experiments", "meshes")
 LAUNCHED = ("train", "parity", "bench")  # what several processes can do together
 
 
@@ -107,6 +108,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _generate(arguments)
         case "checkpoints":
             return _checkpoints(arguments)
+        case "replay":
+            return _replay(arguments)
         case "launch":
             return _launch(arguments)
         case "experiments" | "meshes":
@@ -263,6 +266,21 @@ def _checkpoints(arguments: list[str]) -> int:
     from llmjax.commands.checkpoints import Options, checkpoints
 
     return checkpoints(tyro.cli(Options, args=arguments, prog="llmjax checkpoints"))
+
+
+def _replay(arguments: list[str]) -> int:
+    from llmjax.commands.generate import find
+    from llmjax.commands.replay import Options, replay
+    from llmjax.run import read
+
+    if not arguments or arguments[0].startswith("-"):
+        raise Refused("replay needs the name of a run, or its directory, first: llmjax replay RUN --step N.")
+    runs = arguments[arguments.index("--runs") + 1] if "--runs" in arguments[:-1] else "runs"
+    folder = find(arguments[0], runs)
+    run = dataclasses.replace(read(folder / "run.json"), runs=str(folder.parent), name=folder.name)
+    about = f"Takes a step of {folder} again, from the checkpoint before it, and looks where it stops being finite."
+    run, processes, asked = _with_options(run, Options(), arguments[1:], "replay", about)
+    return replay(run, folder, processes, asked)
 
 
 def _launch(arguments: list[str]) -> int:

@@ -64,8 +64,8 @@ class Checkpoints:
         """The newest of `steps`, which need not be what was written."""
         return max(self.steps(), default=None)
 
-    def newest_verified(self) -> int | None:
-        """The newest step whose files are, to the last byte, what was written; None if there is no step at all.
+    def newest_verified(self, until: int | None = None) -> int | None:
+        """The newest step, of those `until` one, whose files are what was written; None if there is none at all.
 
         Says in a line which steps it passed over and what it ignored, and why.
 
@@ -76,7 +76,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for name, kind in files.ignored(self.folder).items():
                 self.say(f"Ignored {self.folder / name}: {kind}.")
-            for step in reversed(self.steps()):
+            for step in reversed([step for step in self.steps() if until is None or step <= until]):
                 if (reason := self.verify(step)) is None:
                     found = step
                     break

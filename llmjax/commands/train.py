@@ -102,8 +102,8 @@ def train(
         spent.mark("save")
         facts = loop.evaluate(program, state, dataset, ledger, done, stop=stop) if done == run.steps else None
         if facts is None:
-            ledger.event("stop", step=done)
             ledger.account(now=True)
+            ledger.event("stop", step=done)
             display.say(f"Stopped and saved after step {done:,} of {run.steps:,}: run the same command to continue.")
             return PREEMPTED
         samples(program, state, dataset, folder, display, first)
@@ -119,7 +119,7 @@ def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, s
     """The loop, from checkpoint to checkpoint where bad steps make the run go back."""
     guard, rewinds = program.run.guard, Counter()
     while True:
-        left_out = system.share(sorted(skipped(program.run, ledger)))
+        left_out = system.share(sorted(skipped(program.run, program.run.folder() if ledger.records else None)))
         try:
             return loop.steps(program, state, start, dataset, ledger, stop, frozenset(left_out))
         except loop.Rewind as bad:
@@ -139,10 +139,10 @@ def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, s
             )
 
 
-def skipped(run: Run, ledger: Ledger) -> set[int]:
-    """The steps, counted from 1, whose batches are left out: the run's own and those that the events tell."""
+def skipped(run: Run, folder: Path | None) -> set[int]:
+    """The steps, counted from 1, whose batches are left out: the run's own and those that a folder's events tell."""
     found = set(run.guard.skip)
-    for event in read(run.folder() / "events.jsonl") if ledger.records else ():
+    for event in read(folder / "events.jsonl") if folder else ():
         if event["kind"] == "skip":
             found.add(event["step"])
         if event["kind"] == "rewind":
@@ -289,16 +289,22 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
             f"axes.data is {data}, but checkpoint {step} of {program.run.folder()} has {workers} workers of local SGD: "
             f"continue with --axes.data {workers}, or start afresh with another --name."
         )
-    wanted = program.abstract_state()
-    if not facts.get("watched"):  # as older versions wrote it
-        wanted = dataclasses.replace(wanted, watch=None)
-    state = ledger.checkpoints.restore(step, like(wanted, program.mesh))
-    if state.watch is None and not program.run.local.every:
-        state = dataclasses.replace(state, watch=jax.jit(watch)())
+    state = read_state(program, ledger.checkpoints, step)
     if ledger.records:
         redo(ledger, step, program.run.steps)
     ledger.display.say(f"Continuing {program.run.folder()} from step {step:,}.")
     return state, step
+
+
+def read_state(program: Program, checkpoints: Checkpoints, step: int) -> State:
+    """The state of a checkpoint on the program's mesh; one that an older version wrote has seen nothing yet."""
+    wanted = program.abstract_state()
+    if not checkpoints.facts(step).get("watched"):
+        wanted = dataclasses.replace(wanted, watch=None)
+    state = checkpoints.restore(step, like(wanted, program.mesh))
+    if state.watch is None and not program.run.local.every:
+        state = dataclasses.replace(state, watch=jax.jit(watch)())
+    return state
 
 
 def redo(ledger: Ledger, step: int, end: int | None = None) -> None:

@@ -36,8 +36,8 @@ from llmjax.train.program import make
 from llmjax.train.records import read
 
 STEPS = 24
-METRICS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_ms", "mfu", "data_wait_ms"]
-EVALUATION = ["step", "eval_loss", "eval_targets"]
+METRICS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_ms", "mfu", "data_wait_ms", "elapsed"]
+EVALUATION = ["step", "eval_loss", "eval_targets", "elapsed"]
 LIMIT = 240  # seconds for any command
 
 EXPERIMENT = '''
@@ -179,7 +179,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def kinds(folder: Path) -> list[str]:
-    return [event["kind"] for event in read(folder / "events.jsonl")]
+    """What happened, without what the time was spent on."""
+    return [event["kind"] for event in read(folder / "events.jsonl") if event["kind"] != "spent"]
 
 
 # The scenarios. Two at a time, as a process that starts keeps one core busy; the tests look at what came of them.
@@ -344,13 +345,14 @@ def became(place) -> Iterator[Callable[[Callable[[Place], Any]], Any]]:
 def test_a_run_directory_holds_what_was_promised(place, became):
     first, folder = became(golden)[0], place.runs / "golden"
     assert (first.code, first.err) == (0, "") and "Done: 24 steps" in first.out
-    names = {"run.json", "env.json", "metrics.jsonl", "events.jsonl", "tb", "checkpoints"}
+    names = {"run.json", "env.json", "lock", "metrics.jsonl", "events.jsonl", "tb", "checkpoints"}
     assert {path.name for path in folder.iterdir()} == names
     assert Checkpoints(folder / "checkpoints").steps() == [20, 24]  # the newest two
     assert next((folder / "tb").iterdir()).name.startswith("events.out.tfevents")
     assert kinds(folder) == ["start", *["save"] * 6, "finish"]
     lines = metrics(folder)
-    assert [list(line) for line in lines if "loss" in line] == [METRICS] * STEPS
+    first, *others = (list(line) for line in lines if "loss" in line)
+    assert others == [METRICS] * (STEPS - 1) and first == [*METRICS[:-1], "compiled", METRICS[-1]]
     assert [list(line) for line in lines if "loss" not in line] == [EVALUATION] * 3
     assert [line["step"] for line in lines if "loss" not in line] == [8, 16, 24]
     assert [line["tokens"] for line in lines if "loss" in line] == [256 * step for step in range(1, STEPS + 1)]
@@ -428,7 +430,9 @@ def test_a_run_on_text_measures_bits_per_byte_and_keeps_samples(place, became):
     samples = json.loads((folder / "samples" / "24.json").read_text())
     assert [sample["prompt"] for sample in samples] == ["a quick", "the lazy"] and all(s["text"] for s in samples)
     evaluations = [line for line in metrics(folder) if "eval_loss" in line]
-    assert [list(line) for line in evaluations] == [["step", "eval_loss", "bits_per_byte", "eval_targets"]] * 3
+    assert [list(line) for line in evaluations] == [
+        ["step", "eval_loss", "bits_per_byte", "eval_targets", "elapsed"]
+    ] * 3
     assert (folder / "tokenizer.json").is_file()
 
 
@@ -438,7 +442,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_step_is_saved(place, 
     assert done.code == 70, done
     assert not np.isfinite([bad["loss"], bad["grad_norm"]]).all()
     assert done.err.startswith(f"llmjax: step {bad['step']}: the loss is ") and done.err.count("\n") == 1
-    assert "so training stopped and this step was not saved: lower --optimizer.lr" in done.err
+    assert "so training stopped and this step was not saved (rows " in done.err and "--guard.policy skip" in done.err
     assert Checkpoints(folder / "checkpoints").latest() == bad["step"] - 1
     assert kinds(folder)[-1] == "fault"
 
