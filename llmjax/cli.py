@@ -22,6 +22,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax train [EXPERIMENT] [--field value ...]   train, or continue, an experiment (default: stdlib_tiny)
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
   llmjax checkpoints RUN [--verify]               list a run's checkpoints; read them back
+  llmjax goodput RUN                              where a run's wall time went
   llmjax replay RUN --step N                      take a step again and see where it stops being finite
   llmjax launch --processes N --devices D train … the same command on N processes of this machine
   llmjax parity [EXPERIMENT] [--layouts …]        show that every layout gives the same numbers (default: stdlib_tiny)
@@ -34,7 +35,19 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "generate", "checkpoints", "replay", "launch", "parity", "plan", "bench", "experiments", "meshes")
+COMMANDS = (
+    "train",
+    "generate",
+    "checkpoints",
+    "goodput",
+    "replay",
+    "launch",
+    "parity",
+    "plan",
+    "bench",
+    "experiments",
+    "meshes",
+)
 LAUNCHED = ("train", "parity", "bench")  # what several processes can do together
 
 
@@ -108,6 +121,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _generate(arguments)
         case "checkpoints":
             return _checkpoints(arguments)
+        case "goodput":
+            return _goodput(arguments)
         case "replay":
             return _replay(arguments)
         case "launch":
@@ -266,6 +281,14 @@ def _checkpoints(arguments: list[str]) -> int:
     from llmjax.commands.checkpoints import Options, checkpoints
 
     return checkpoints(tyro.cli(Options, args=arguments, prog="llmjax checkpoints"))
+
+
+def _goodput(arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.commands.goodput import Options, goodput
+
+    return goodput(tyro.cli(Options, args=arguments, prog="llmjax goodput"))
 
 
 def _replay(arguments: list[str]) -> int:

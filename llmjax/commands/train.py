@@ -29,6 +29,7 @@ from llmjax.mesh import Axes
 from llmjax.notice import Notice
 from llmjax.plan import kept
 from llmjax.processes import Processes, Supervised
+from llmjax.report import goodput
 from llmjax.run import FREE, Run, differences, fingerprint, to_json
 from llmjax.train import loop
 from llmjax.train.display import Display, count, duration, memory
@@ -309,9 +310,11 @@ def read_state(program: Program, checkpoints: Checkpoints, step: int) -> State:
 
 def redo(ledger: Ledger, step: int, end: int | None = None) -> None:
     """Takes back what the records say of the steps that will be done again."""
-    dropped = [line for line in ledger.records.rewind(step, end) if "step_ms" in line and not line.get("compiled")]
+    dropped = [line for line in ledger.records.rewind(step, end) if "step_ms" in line and "compiled" not in line]
     if dropped:
-        ledger.event("redo", steps=len(dropped), seconds=sum(line["step_ms"] for line in dropped) / 1e3)
+        seconds = sum(line["step_ms"] - min(line["data_wait_ms"], line["step_ms"]) for line in dropped) / 1e3
+        until = max(line.get("elapsed", 0) for line in dropped)  # in the clock of the process that did them
+        ledger.event("redo", steps=len(dropped), seconds=seconds, until=until)
 
 
 def header(program: Program, state: State, dataset, start: int, display: Display) -> None:
@@ -387,6 +390,7 @@ def summary(program: Program, facts: dict[str, float], dataset, folder: Path, di
     if step and speed:
         took = run.batch * run.sequence / sorted(speed)[len(speed) // 2]
         display.say(f"Planned {1e3 * step:,.1f} ms/step, measured {1e3 * took:,.1f}: {100 * (step / took - 1):+.0f}%.")
+    display.say(goodput.line(goodput.of(read(folder / "events.jsonl"), read(folder / "metrics.jsonl"))))
     display.say(next_steps(run))
 
 

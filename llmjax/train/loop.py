@@ -144,7 +144,7 @@ class Reporter:
         """The step, or twice the step where it is to be compared with itself."""
         every = self.program.run.guard.repeat
         if every and (step + 1) % every == 0:
-            return corruption.repeat(self.program.step, state, batch)
+            return corruption.repeat(self.program.step, state, batch, number=step + 1)
         return self.program.step(state, batch)
 
     def settle(self, state: State) -> State:

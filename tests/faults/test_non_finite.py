@@ -208,6 +208,12 @@ def test_n5_a_nan_on_one_device_is_everyones(tmp_path, spoil):
     assert curve(folder, leave=[7]) == curve(golden) and equal(arrays(folder, 12), arrays(golden, 12))
 
 
+def test_looking_for_silent_corruption_changes_no_number(tmp_path):
+    plain, _ = train(tmp_path, "plain")
+    watched, refusal = train(tmp_path, "watched", guard=Guard(replicas=3, repeat=5))
+    assert refusal is None and curve(watched) == curve(plain) and equal(arrays(watched, 12), arrays(plain, 12))
+
+
 def test_replay_finds_the_layer_of_a_step_that_went_wrong_and_that_a_good_one_did_not(tmp_path, capsys):
     run = dataclasses.replace(RUN, optimizer=AdamW(lr=1e30), clip=0.0, runs=str(tmp_path), name="wild")
     folder, refusal = train(tmp_path, "wild", run)
