@@ -250,6 +250,15 @@ def agree(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def every(fine: bool) -> bool:
+    """Whether it is fine on every process; it waits for all of them."""
+    if jax.process_count() == 1:
+        return fine
+    from jax.experimental import multihost_utils
+
+    return bool(np.min(multihost_utils.process_allgather(np.int32(fine))))
+
+
 def share(value: Any) -> Any:
     """The first process's value (JSON), on every process; it waits for all of them."""
     if jax.process_count() == 1:

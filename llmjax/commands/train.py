@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -74,7 +74,8 @@ def train(
     dataset = open_data(program, display, first)
     with contextlib.ExitStack() as stack:
         if first:
-            stack.enter_context(claimed(folder, run, display))
+            stack.enter_context(owned(folder, display.say))
+            claim(folder, run)
         system.barrier("run directory")
         cache_compiled_programs(Path(run.runs))
         stack.enter_context(program.context())
@@ -206,26 +207,15 @@ def directory(run: Run) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def claimed(folder: Path, run: Run, display: Display) -> Iterator[None]:
-    """Makes the directory this run's, and this process's until the end of the context.
-
-    It comes last of all that may be refused, so that a mistake leaves no trace.
-    """
+def claim(folder: Path, run: Run) -> None:
+    """Makes the directory this run's; comes last of all that may be refused, so that a mistake leaves no trace."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / "run.json.new"
+        scratch.write_text(json.dumps(to_json(run), indent=1) + "\n", encoding="utf-8")
+        scratch.replace(folder / "run.json")
     except OSError as error:
         raise Refused(f"{folder} cannot be written ({error.strerror}): choose another folder, --runs.", IO) from error
-    with owned(folder, display.say):
-        try:
-            scratch = folder / "run.json.new"
-            scratch.write_text(json.dumps(to_json(run), indent=1) + "\n", encoding="utf-8")
-            scratch.replace(folder / "run.json")
-        except OSError as error:
-            raise Refused(
-                f"{folder} cannot be written ({error.strerror}): choose another folder, --runs.", IO
-            ) from error
-        yield
 
 
 def cache_compiled_programs(runs: Path) -> None:
