@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import signal
 import subprocess
@@ -75,13 +76,16 @@ class Place:
         return self.folder / "runs"
 
     @contextlib.contextmanager
-    def started(self, *words: str) -> Iterator[subprocess.Popen]:
-        """A command while it runs; whatever is left of it and of its children afterwards is killed."""
+    def started(self, *words: str, patch: str = "") -> Iterator[subprocess.Popen]:
+        """A command while it runs; whatever is left of it and of its children afterwards is killed.
+
+        With a `patch`, these lines of Python come before the command's own, in its process.
+        """
         settings = dict(
             JAX_COMPILATION_CACHE_DIR=str(self.folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1"
         )
         process = subprocess.Popen(
-            [sys.executable, "-m", "llmjax.cli", *words],
+            [sys.executable, *self.entry(patch), *words],
             cwd=self.folder, env=os.environ | settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
@@ -94,9 +98,17 @@ class Place:
                 process.kill()
                 process.communicate()
 
-    def run(self, *words: str) -> Ended:
+    def entry(self, patch: str) -> list[str]:
+        """What Python runs as the command."""
+        if not patch:
+            return ["-m", "llmjax.cli"]
+        path = self.folder / f"patched_{hashlib.sha256(patch.encode()).hexdigest()[:16]}.py"
+        path.write_text(f"{patch}\nfrom llmjax import cli\n\ncli.main()\n")
+        return [str(path)]
+
+    def run(self, *words: str, patch: str = "") -> Ended:
         """Runs a command to its end."""
-        with self.started(*words) as process:
+        with self.started(*words, patch=patch) as process:
             return ended(process)
 
     def signalled(self, number: int, run: str, lines: int, *words: str) -> Ended:
