@@ -69,7 +69,8 @@ def experiment(run: "Run") -> None:
     """`python -m experiments.NAME`: the same as `llmjax train NAME`."""
     module = sys.modules["__main__"]
     name = module.__spec__.name if module.__spec__ else Path(str(module.__file__)).stem
-    _exit(_train, dataclasses.replace(run, name=run.name or name.rpartition(".")[2]), sys.argv[1:])
+    with Notice() as notice:
+        _exit(_train, dataclasses.replace(run, name=run.name or name.rpartition(".")[2]), sys.argv[1:], notice)
 
 
 def _exit(call: Callable[..., int], *arguments) -> None:
@@ -110,7 +111,8 @@ def _failed(error: Exception) -> int:
 def _dispatch(command: str, arguments: list[str]) -> int:
     match command:
         case "train":
-            return _train(*_experiment(arguments, "stdlib_tiny"))
+            with Notice() as notice:  # before the slow imports
+                return _train(*_experiment(arguments, "stdlib_tiny"), notice)
         case "parity":
             return _parity(*_experiment(arguments, "stdlib_tiny"))
         case "plan":
@@ -199,12 +201,7 @@ def _by_name():
     return registry
 
 
-def _train(run: "Run", arguments: list[str]) -> int:
-    with Notice() as notice:
-        return _train_noticing(run, arguments, notice)
-
-
-def _train_noticing(run: "Run", arguments: list[str], notice: Notice) -> int:
+def _train(run: "Run", arguments: list[str], notice: Notice) -> int:
     import tyro
 
     from llmjax.processes import Processes, Supervised
