@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from llmjax.errors import DONE, IO, PEER_LOST, PREEMPTED, Refused, did_you_mean
-from llmjax.notice import Notice, Stopped
+from llmjax.errors import DONE, IO, PEER_LOST, Refused, did_you_mean
+from llmjax.notice import Notice
 
 if TYPE_CHECKING:
     from llmjax.run import Run
@@ -80,9 +80,6 @@ def _exit(call: Callable[..., int], *arguments) -> None:
     except Refused as refusal:
         print(f"llmjax: {refusal}", file=sys.stderr)
         code = refusal.code
-    except Stopped:
-        print("llmjax: stopped before there was anything to save: run the same command to continue.", file=sys.stderr)
-        code = PREEMPTED
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:

@@ -92,12 +92,12 @@ def train(
                 dataset.tokenizer.save(str(folder / "tokenizer.json"))
         header(program, state, dataset, start, display)
         spent.mark("start")
+        if notice:
+            notice.save_first()
         ledger.event(
             "start", step=start, devices=len(devices), seconds=spent.elapsed(),
             process_began=time.time() - spent.elapsed(),
         )  # fmt: skip
-        if notice:
-            notice.save_first()
         state, done = steps(program, state, start, dataset, ledger, stop)
         loop.save(program, state, done, dataset, ledger, last=True)
         checkpoints.wait()

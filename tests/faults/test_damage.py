@@ -10,7 +10,7 @@ from place import FOUR, content, flip, metrics
 
 from llmjax.checkpoint.checkpoints import Checkpoints
 
-FLIPS = 16  # of every file
+FLIPS = 24  # of every file
 
 
 def command(name, *more):
@@ -63,7 +63,7 @@ def flipped(place, golden):
             yield bytes(data)
 
     tried = every_file(place, golden, harm, "flipped")
-    assert tried >= 150
+    assert tried >= 200
     count("flipped bits detected", tried, tried)
 
 
