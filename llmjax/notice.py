@@ -12,8 +12,8 @@ from llmjax.errors import PREEMPTED
 class Notice:
     """Whether this run was asked to stop; a resource, to be used in a `with` from the main thread.
 
-    Until `save_first`, a signal ends the process, with the code that says "start me again". From then on it is an answer
-    to `asked`, and a second Ctrl-C leaves at once. SIGUSR1 prints the stacks of all threads.
+    Until `save_first`, a signal ends the process, with the code that says "start me again". From then on it is noted in
+    `asked`, and a second Ctrl-C leaves at once. SIGUSR1 prints the stacks of all threads.
     """
 
     def __init__(self, say: Callable[[str], None] = print):
