@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from llmjax.errors import DONE, IO, PEER_LOST, Refused, did_you_mean
+from llmjax.errors import DONE, IO, PEER_LOST, Refused, TooFewDevices, did_you_mean
 from llmjax.notice import Notice
 
 if TYPE_CHECKING:
+    from llmjax.mesh import Cluster
     from llmjax.run import Run
 
 Asked = TypeVar("Asked")
@@ -25,6 +26,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax goodput RUN                              where a run's wall time went
   llmjax replay RUN --step N                      take a step again and see where it stops being finite
   llmjax launch --processes N --devices D train … the same command on N processes of this machine
+  llmjax supervise [--tries N ...] -- train …     the same command, started again when it dies, hangs or is preempted
   llmjax parity [EXPERIMENT] [--layouts …]        show that every layout gives the same numbers (default: stdlib_tiny)
   llmjax plan [EXPERIMENT] [--mesh NAME] ...      foresee memory, messages and speed on any cluster
   llmjax bench [EXPERIMENT] [--field value ...]   measure the speed of training here (default: bench_small)
@@ -35,20 +37,9 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = (
-    "train",
-    "generate",
-    "checkpoints",
-    "goodput",
-    "replay",
-    "launch",
-    "parity",
-    "plan",
-    "bench",
-    "experiments",
-    "meshes",
-)
-LAUNCHED = ("train", "parity", "bench")  # what several processes can do together
+COMMANDS = ("train", "generate", "checkpoints", "goodput", "replay", "launch", "supervise", "parity", "plan", "bench",
+            "experiments", "meshes")  # fmt: skip
+LAUNCHED = ("train", "parity", "bench", "supervise")  # what several processes can do together
 
 
 def main() -> None:
@@ -126,6 +117,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _replay(arguments)
         case "launch":
             return _launch(arguments)
+        case "supervise":
+            return _supervise(arguments)
         case "experiments" | "meshes":
             return _list(command, arguments)
     raise Refused(f"{command} is not a command: {did_you_mean(command, COMMANDS)}`llmjax --help` lists them.")
@@ -214,7 +207,14 @@ def _train(run: "Run", arguments: list[str], notice: Notice) -> int:
     from llmjax.commands.train import train
 
     named = dataclasses.replace(asked.run, name=asked.run.name or run.name)
-    return train(named, asked.processes, asked.supervised, notice)
+    try:
+        return train(named, asked.processes, asked.supervised, notice)
+    except TooFewDevices:  # the exit code is that of any other refusal
+        if asked.supervised.heartbeat:
+            from llmjax.commands.supervise import TOO_FEW
+
+            Path(asked.supervised.heartbeat).with_suffix(TOO_FEW).touch()
+        raise
 
 
 def _bench(run: "Run", arguments: list[str]) -> int:
@@ -319,12 +319,43 @@ def _launch(arguments: list[str]) -> int:
         logs: str = "runs/.cache/logs"
         "Folder for the output of every process but the first."
 
-    asked, rest = tyro.cli(Launch, args=arguments, prog="llmjax launch", return_unknown_args=True)
+    at = arguments.index("supervise") if "supervise" in arguments else len(arguments)  # its options are its own
+    asked, rest = tyro.cli(Launch, args=arguments[:at], prog="llmjax launch", return_unknown_args=True)
+    rest += arguments[at:]
     if not rest or rest[0] not in LAUNCHED:
         known = (*LAUNCHED, *(f"--{field.name}" for field in dataclasses.fields(Launch)))
         given, near = (rest[0], did_you_mean(rest[0], known)) if rest else ("nothing", "")
         raise Refused(f"launch got {given} to run: {near}give train, parity or bench, then options of that command.")
     return launch(asked.processes, asked.devices, rest, Path(asked.logs))
+
+
+def _supervise(arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.commands.supervise import Options, spare_words, supervise
+
+    at = next((i for i, word in enumerate(arguments) if word in ("--", "train", "launch")), len(arguments))
+    asked = tyro.cli(Options, args=arguments[:at], prog="llmjax supervise")
+    words = arguments[at + 1 :] if arguments[at : at + 1] == ["--"] else arguments[at:]
+    if words[:1] != ["train"] and not (words[:1] == ["launch"] and "train" in words):
+        near = did_you_mean(words[0], ("train", "launch")) if words and words[0] != "launch" else ""
+        given = " ".join(words[:3]) or "nothing"
+        raise Refused(f"supervise got {given} to run: {near}give train, or launch ... train, and their options.")
+    spare = asked.fallback or asked.fallback_mesh
+    return supervise(asked, words, spare_words(asked, words, _fallback_mesh(asked, words)) if spare else ())
+
+
+def _fallback_mesh(asked: Any, words: list[str]) -> "Cluster":
+    """The mesh that the supervisor's options, the run's own or the experiment name for when devices are lost."""
+    from llmjax import names
+    from llmjax.commands.supervise import option
+
+    run, options = _experiment(words[words.index("train") + 1 :], "stdlib_tiny")
+    if name := asked.fallback_mesh or option(options, "--fallback-mesh"):
+        return names.load("meshes", name, "cluster")
+    if run.fallback_mesh is None:
+        raise Refused(f"{run.name} has no fallback_mesh: name a mesh to fall back to with --fallback-mesh.")
+    return run.fallback_mesh
 
 
 def _list(package: str, arguments: list[str]) -> int:
