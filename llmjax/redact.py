@@ -64,7 +64,7 @@ def hidden(value: Any, path: str = "") -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from hidden(inner, path)
-    elif isinstance(value, str) and HIDDEN in value:
+    elif isinstance(value, str) and re.search(r"^\*{3}$|://\*{3}@|=\*{3}", value):  # *** elsewhere is a text's own
         yield path
 
 

@@ -90,7 +90,7 @@ def train(
         if first:
             write_environment(folder, program, devices)
             if dataset.tokenizer is not None:
-                dataset.tokenizer.save(str(folder / "tokenizer.json"))
+                (folder / "tokenizer.json").write_text(dataset.tokenizer.to_str(pretty=True), encoding="utf-8")
         header(program, state, dataset, start, display)
         spent.mark("start")
         ledger.event(
