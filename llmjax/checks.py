@@ -1,7 +1,8 @@
 """What a run cannot be, found from its fields alone."""
 
+import dataclasses
 import math
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from llmjax import layout as layouts
 from llmjax.errors import Refused
@@ -17,9 +18,11 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     Raises:
       Refused: naming the field, its value and what would do.
     """
+    _check_integers(run)
     for field, least in _LEAST.items():
         if not getattr(run, field) >= least:
             raise Refused(f"{field} is {getattr(run, field)}: give at least {least}.")
+    _check_guard(run)
     if run.keep_best and not (run.eval_every and (run.save_every or run.save_minutes)):
         raise Refused(
             f"keep_best is {run.keep_best}, but no step both evaluates and saves: give --eval-every and --save-every."
@@ -51,6 +54,26 @@ _WORDS = dict(
 )  # fmt: skip
 
 _TYPICAL, _TYPICAL_WEIGHTS = ("BTD", "BTHK", "BTGK", "BTF", "BTV"), ("VD", "LDHK", "LDGK", "LEDF")
+
+
+def _check_integers(value: Any, path: str = "") -> None:
+    """Devices count in 32 bits."""
+    for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
+        inner, name = getattr(value, field.name), f"{path}.{field.name}" if path else field.name
+        if isinstance(inner, int) and abs(inner) >= 2**31:
+            raise Refused(f"{name} is {inner}: give a number below 2^31.")
+        if name not in ("mesh", "fallback_mesh"):  # facts, such as bytes per second
+            _check_integers(inner, name)
+
+
+def _check_guard(run: Run) -> None:
+    least = dict(sigmas=0, limit=0, window=1, replicas=0, repeat=0)
+    for field, value in least.items():
+        given = getattr(run.guard, field)
+        if not value <= given < math.inf:
+            raise Refused(f"guard.{field} is {given}: give at least {value}.")
+    if run.guard.skip and min(run.guard.skip) < 1:
+        raise Refused(f"guard.skip has step {min(run.guard.skip)}: steps are counted from 1.")
 
 
 def _check_batch(run: Run, axes: Axes, accumulate: int) -> None:

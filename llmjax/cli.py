@@ -1,5 +1,6 @@
 """The `llmjax` command: parses, calls, prints."""
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from llmjax import redact
 from llmjax.errors import DONE, IO, PEER_LOST, Refused, TooFewDevices, did_you_mean
 from llmjax.notice import Notice
 
@@ -65,21 +67,28 @@ def experiment(run: "Run") -> None:
 
 
 def _exit(call: Callable[..., int], *arguments) -> None:
-    """Ends the process with the code that `call` returns; what a user got wrong is one sentence, no traceback."""
-    try:
-        code = call(*arguments)
-    except Refused as refusal:
-        print(f"llmjax: {refusal}", file=sys.stderr)
-        code = refusal.code
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = IO
-    except Exception as error:
-        code = _failed(error)
+    """Ends the process with the code that `call` returns; nothing that is printed meanwhile holds a secret."""
+    out, err = redact.Stream(sys.stdout), redact.Stream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = _code(call, *arguments)
     processes = sys.modules.get("llmjax.processes")  # not there where nothing was run
     (processes.leave if processes else sys.exit)(code)
+
+
+def _code(call: Callable[..., int], *arguments) -> int:
+    """The exit code that `call` comes to; what a user got wrong is one sentence, no traceback."""
+    try:
+        return call(*arguments)
+    except Refused as refusal:
+        print(f"llmjax: {refusal}", file=sys.stderr)
+        return refusal.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return IO
+    except Exception as error:
+        return _failed(error)
 
 
 def _failed(error: Exception) -> int:
@@ -152,8 +161,9 @@ def parse(default: Asked, arguments: list[str], program: str, description: str |
     """The value of a dataclass with the command line's changes; ends the process on a usage error, as argparse does."""
     import tyro
 
+    redact.hide(default)
     with _by_name():
-        return tyro.cli(
+        asked = tyro.cli(
             type(default),
             args=arguments,
             default=default,
@@ -161,6 +171,8 @@ def parse(default: Asked, arguments: list[str], program: str, description: str |
             description=description,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed),  # what has no form as text is not shown
         )
+    redact.hide(asked)
+    return asked
 
 
 def _by_name():

@@ -117,7 +117,7 @@ class Pipeline:
     def parts(self, rows: int, stages: int) -> int:
         """The number of microbatches, N: what is wished for, or the next smaller one that divides the rows."""
         most = min(rows, self.microbatches or 2 * stages)
-        return max(n for n in range(1, most + 1) if rows % n == 0)
+        return next(n for n in range(most, 0, -1) if rows % n == 0)
 
 
 def axes_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,20 @@ def load_file(path: str | Path, attribute: str) -> Any:
         del sys.modules[module_name]
         raise
     return _value(module, attribute, str(path))
+
+
+def check_run(name: str) -> None:
+    """Refuses a name of a run that is not, on every system, the name of one folder inside the folder of runs.
+
+    Raises:
+      Refused: naming what would do.
+    """
+    shown = repr(name if len(name) <= 60 else f"{name[:60]}...")
+    remedy = "give --name up to 100 letters (a-z), digits, and . _ - between them."
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?", name):
+        raise Refused(f"name is {shown}, which cannot be the name of a run's folder: {remedy}")
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
+        raise Refused(f"name is {shown}, which Windows keeps for a device: {remedy}")
 
 
 def _first_line(path: Path) -> str:

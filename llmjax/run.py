@@ -1,14 +1,20 @@
 """Run: one frozen value that says everything a run is, and its form as JSON."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import json
+import re
 import sys
+import types
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from llmjax import layout as layouts
+from llmjax import reading, redact
 from llmjax.errors import DATA, Refused
 from llmjax.layout import Layout, Pipeline
 from llmjax.mesh import Axes, Cluster
@@ -137,29 +143,29 @@ FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumu
 
 
 def fingerprint(run: Run) -> str:
-    """sha256 of all that decides what the run computes, as hex: two starts of one run have the same."""
-    fields = {name: value for name, value in to_json(run).items() if name not in FREE | {"is", "name"}}
+    """sha256 of all that decides what the run computes, as hex: two starts of one run have the same.
+
+    Secrets take no part, and the environment neither.
+    """
+    fields = {name: value for name, value in _written(run, redact.urls).items() if name not in FREE | {"is", "name"}}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def to_json(value: Any) -> Any:
-    """A JSON value from which `from_json` makes an equal one. Dataclasses keep their class under "is"."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"is": _name_of(type(value))} | fields
-    if isinstance(value, dict):
-        return {str(k): to_json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(v) for v in value]
-    if callable(value):
-        return {"is": "function", "name": _name_of(value)}
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    raise Refused(f"a run holds {value!r}, which cannot be written to run.json: use dataclasses, numbers and strings.")
+    """A JSON value from which `from_json` makes an equal one, but for secrets (see llmjax.redact), which are ***.
+
+    Dataclasses keep their class under "is".
+    """
+    return _written(value, redact.text)
 
 
 def from_json(value: Any) -> Any:
-    """The inverse of `to_json`; imports the modules it names and makes only dataclasses."""
+    """The inverse of `to_json`. It makes nothing but dataclasses, and imports only what was made for llmjax.
+
+    A class is taken from llmjax, experiments, meshes, an installed package that requires llmjax, or a module that is
+    imported already; a function only from the first four and from the experiment's own file. So a file from elsewhere
+    cannot run what happens to lie on the path.
+    """
     if isinstance(value, list):
         return tuple(from_json(v) for v in value)
     if not isinstance(value, dict):
@@ -167,8 +173,11 @@ def from_json(value: Any) -> Any:
     if "is" not in value:
         return {k: from_json(v) for k, v in value.items()}
     if value["is"] == "function":
-        return _named(value["name"])
-    cls = _named(value["is"])
+        found = _named(value.get("name"), imported=False)
+        if not isinstance(found, types.FunctionType):
+            raise Refused(f"run.json names {value['name']}, which is not a function: restore the file.", DATA)
+        return found
+    cls = _named(value["is"], imported=True)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise Refused(f"run.json names {value['is']}, which is not a dataclass: the file was changed by hand.", DATA)
     fields = {k: from_json(v) for k, v in value.items() if k != "is"}
@@ -185,28 +194,28 @@ def from_json(value: Any) -> Any:
 
 
 def read(path: Path) -> Run:
-    """The Run that a run.json holds.
+    """The Run that a run.json holds. What was secret in it is ***, as it was not written.
 
     Raises:
       Refused: there is no such file, or it does not hold a Run.
     """
     try:
-        run = from_json(json.loads(path.read_text(encoding="utf-8")))
+        run = from_json(reading.parsed(reading.content(path, reading.RUN)))
     except OSError as error:
         raise Refused(f"{path} cannot be read ({error.strerror}): give the run.json of a run directory.") from error
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise Refused(f"{path} is not JSON ({error}): restore the file.", DATA) from error
-    if not isinstance(run, Run):
+    if not isinstance(run, Run) or not isinstance(run.name, str) or not isinstance(run.runs, str):
         raise Refused(f"{path} does not hold a run: give the run.json of a run directory.", DATA)
     return run
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Dotted names of the fields in which two JSON values differ."""
+    """Dotted names of the fields in which two JSON values differ; *** stands for any text, as `to_json` writes it."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = [*a, *(k for k in b if k not in a)]
         return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
-    return [] if a == b else [path]
+    return [] if a == b or _fits(a, b) or _fits(b, a) else [path]
 
 
 def _name_of(thing: Any) -> str:
@@ -216,14 +225,66 @@ def _name_of(thing: Any) -> str:
     return f"{home}:{thing.__qualname__}"
 
 
-def _named(name: str) -> Any:
-    module, _, path = name.partition(":")
+def _written(value: Any, clean: Callable[[str], str]) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: (getattr(value, f.name), redact.is_secret(f)) for f in dataclasses.fields(value) if f.init}
+        return {"is": _name_of(type(value))} | {
+            name: redact.HIDDEN if secret and held else _written(held, clean) for name, (held, secret) in fields.items()
+        }
+    if isinstance(value, dict):
+        return {str(k): _written(v, clean) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_written(v, clean) for v in value]
+    if callable(value):
+        return {"is": "function", "name": _name_of(value)}
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, (int, float, bool, type(None))):
+        return value
+    raise Refused(f"a run holds {value!r}, which cannot be written to run.json: use dataclasses, numbers and strings.")
+
+
+def _fits(pattern: Any, value: Any) -> bool:
+    """Whether a text is one that was written with something secret in it left out."""
+    if not (isinstance(pattern, str) and isinstance(value, str) and redact.HIDDEN in pattern):
+        return False
+    return bool(re.fullmatch(".*".join(map(re.escape, pattern.split(redact.HIDDEN))), value, re.DOTALL))
+
+
+def _named(name: Any, *, imported: bool) -> Any:
+    """What a name such as llmjax.mesh:Axes means, if it is defined in that module and the module may be used."""
+    module, _, path = str(name).partition(":")
+    if not (_trusted(module) or (imported and module in sys.modules)):
+        raise Refused(
+            f"run.json names {name}, which cannot be imported here (it is of none of {', '.join(_ROOTS)} and of no "
+            f"installed package that requires llmjax): restore the file, or have that package require llmjax.",
+            DATA,
+        )
     try:
         thing: Any = importlib.import_module(module)
         for part in path.split("."):
             thing = getattr(thing, part)
-    except (ImportError, AttributeError) as error:
+        home = _name_of(thing)
+    except (ImportError, AttributeError, ValueError, KeyError) as error:
         raise Refused(
             f"run.json names {name}, which cannot be imported here ({error}): install what defines it.", DATA
         ) from error
+    if home != name:  # a module names many things that are not its own, such as os.system
+        raise Refused(f"run.json names {name}, which is {home}: restore the file.", DATA)
     return thing
+
+
+_ROOTS = ("llmjax", "experiments", "meshes")
+
+
+def _trusted(module: str) -> bool:
+    """Whether a module is of those made for llmjax, which may be imported because a file names it."""
+    root = module.partition(".")[0]
+    if root in _ROOTS or (root.startswith("llmjax_file_") and root in sys.modules):
+        return True
+    owners = {root, *(metadata.packages_distributions().get(root, ()) if root.isidentifier() else ())}
+    for owner in owners:
+        with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+            if any(re.match(r"llmjax\b(?!-)", need) for need in metadata.requires(owner) or ()):
+                return True
+    return False

@@ -19,9 +19,11 @@ from jax.experimental import multihost_utils
 
 import llmjax
 from llmjax import mesh as meshes
+from llmjax import names, reading, redact
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints, like
 from llmjax.checkpoint.retention import Retention
+from llmjax.commands.generate import own
 from llmjax.data.dataset import check_rows
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PREEMPTED, USAGE, Refused
 from llmjax.evaluate.generate import Sampling, complete
@@ -56,6 +58,7 @@ def train(
       Refused: the run, its data or its directory cannot be used as asked.
     """
     spent = Spent()
+    acceptable(run)
     run = fallen_back(run) if supervised.fallback else run
     heartbeat = Heartbeat(supervised.heartbeat, run.folder(), fallback=supervised.fallback)
     heartbeat(0, "start")
@@ -89,7 +92,7 @@ def train(
         if first:
             write_environment(folder, program, devices)
             if dataset.tokenizer is not None:
-                dataset.tokenizer.save(str(folder / "tokenizer.json"))
+                (folder / "tokenizer.json").write_text(dataset.tokenizer.to_str(pretty=True), encoding="utf-8")
         header(program, state, dataset, start, display)
         spent.mark("start")
         if notice:
@@ -115,6 +118,17 @@ def train(
         ledger.event("finish", step=done, seconds=spent.elapsed())
         summary(program, facts, dataset, folder, display, spent.elapsed())
     return DONE
+
+
+def acceptable(run: Run) -> None:
+    """Refuses a name that leads out of the folder of runs, and a secret that run.json could not give back."""
+    names.check_run(run.name)
+    if not run.runs.isprintable():
+        raise Refused(f"runs is {run.runs!r}, which no folder can be called: give --runs a folder.")
+    for field in redact.hidden(run):
+        raise Refused(
+            f"{field} has {redact.HIDDEN} in place of a secret, which is never written: give it with --{field}."
+        )
 
 
 def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, stop: Callable[[], bool]):
@@ -183,6 +197,7 @@ def code() -> str:
 def directory(run: Run) -> Path:
     """The run directory: one that can be written, and is new or of this run. Nothing is written yet."""
     folder = run.folder()
+    own(folder)
     try:
         home = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not home.is_dir() or not os.access(home, os.W_OK):
@@ -190,7 +205,7 @@ def directory(run: Run) -> Path:
             raise Refused(f"{folder} cannot be written ({why}): choose another folder, --runs.")
         if not (folder / "run.json").exists():
             return folder
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        found = reading.parsed(reading.content(folder / "run.json", reading.RUN))
     except OSError as error:
         raise Refused(f"{folder} cannot be read ({error.strerror}): choose another folder, --runs.") from error
     except ValueError as error:
@@ -359,7 +374,8 @@ def samples(program: Program, state: State, dataset, folder: Path, display: Disp
     if first:
         path = folder / "samples" / f"{run.steps}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps([dict(prompt=p, text=t) for p, t in zip(run.prompts, texts, strict=True)], indent=1))
+        written = [dict(prompt=p, text=t) for p, t in zip(run.prompts, texts, strict=True)]
+        path.write_text(json.dumps(redact.tree(written), indent=1))
 
 
 def summary(program: Program, facts: dict[str, float], dataset, folder: Path, display: Display, seconds: float):

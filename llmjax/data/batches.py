@@ -7,6 +7,7 @@ checkpoint but the step's number.
 import concurrent.futures
 import hashlib
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from llmjax.data.dataset import Dataset
+from llmjax.errors import DATA, IO, Refused
 
 Made = TypeVar("Made")
 
@@ -46,16 +48,35 @@ def place(
 
     Row i of the batch lands at [i // (B/A), i % (B/A)]. A process reads the rows of its own devices and no others,
     each once. `sharding` cuts the second dim, as `P(None, axes)`; further dims stay whole.
+
+    Raises:
+      Refused: the dataset failed at these rows (code 74 where it could not read, else 65).
     """
     rows_AB = np.asarray(rows).reshape(accumulate, -1)
     width = rows_AB.shape[1]
     cuts = sharding.addressable_devices_indices_map(rows_AB.shape).values()
     mine = np.unique(np.concatenate([np.arange(width)[columns] for _, columns in cuts]))
-    local = dataset.examples(split, rows_AB[:, mine].ravel())
+    local = _examples(dataset, split, rows_AB[:, mine].ravel())
     return {
         name: _global(values.reshape(accumulate, len(mine), *values.shape[1:]), mine, width, sharding)
         for name, values in local.items()
     }
+
+
+def _examples(dataset: Dataset, split: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    try:
+        return dataset.examples(split, rows)
+    except Refused:
+        raise
+    except (Exception, SystemExit) as error:  # one that leaves must not look as if all had been done
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        why = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        raise Refused(
+            f"rows {shown} of the {split} data cannot be made ({why}, at {where.filename}:{where.lineno}): put that "
+            "right, then run the same command to continue.",
+            IO if isinstance(error, OSError) else DATA,
+        ) from error
 
 
 def _global(local: np.ndarray, mine: np.ndarray, width: int, sharding: NamedSharding) -> jax.Array:
@@ -87,7 +108,10 @@ def _consume(pool, ahead, make, start, stop):
     try:
         for step in range(start, stop):
             began = time.perf_counter()
-            batch = ahead.popleft().result()
+            try:
+                batch = ahead.popleft().result()
+            except Refused as refusal:
+                raise Refused(f"step {step + 1}: {refusal}", refusal.code) from refusal
             waited = 1e3 * (time.perf_counter() - began)
             if (further := step + len(ahead) + 1) < stop:
                 ahead.append(pool.submit(make, further))

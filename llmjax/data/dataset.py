@@ -78,8 +78,12 @@ class TextDataset:
         """`tokens` and `targets`, int32 [n, T], and `weights`, float32 [n, T]: 0 where there is no target.
 
         Rows from `size(split)` on are blank: all weights 0. So an evaluation may count past the end to fill a batch.
+
+        Raises:
+          Refused: the tokens' file is gone or of another size (code 65).
         """
         stream, size, length = self._stream(split), self.size(split), self.sequence
+        store.check_file(self.store.folder / f"{split}.bin", stream.nbytes)  # cut short, a map ends the process
         window_NU = np.zeros((len(rows), length + 1), np.int32)
         weights_NT = np.zeros((len(rows), length), np.float32)
         for n, row in enumerate(_checked(rows).tolist()):

@@ -21,10 +21,11 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmjax import reading, redact
 from llmjax.data.corpus import Document, hold_out
 from llmjax.data.tokenizer import BPE, Bytes, TokenizerFile, end_of_text, vocabulary
 from llmjax.errors import DATA, IO, Refused
@@ -32,7 +33,8 @@ from llmjax.errors import DATA, IO, Refused
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-FORMAT = 1  # raise it when the meaning of the files changes: old stores are then left alone and built anew
+FORMAT = 2  # raise it when the meaning of the files changes: old stores are then left alone and built anew
+FILES = ("train.bin", "heldout.bin", "tokenizer.json")
 _BUILDING = ".building-"
 _STALE = 24 * 3600.0  # seconds after which a half-built folder cannot belong to a live build
 _CHUNK = 1 << 20  # characters encoded at once: enough to keep all cores busy, little enough for memory
@@ -142,19 +144,19 @@ def _write(
         }
         say(f"Tokenizer {tokenizer}: from {len(train)} training documents, {counts['train'] / 1e6:.1f} MB.")
         built = tokenizer.build(d.text for d in train)
-        built.save(str(folder / "tokenizer.json"))
+        _write_file(folder / "tokenizer.json", [built.to_str(pretty=True).encode()])
         vocab, end = vocabulary(built), end_of_text(built)
         dtype = np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
         say(f"Tokens: encoding {sum(counts.values()) / 1e6:.1f} MB with a vocabulary of {vocab}.")
         tokens = {side: _encode(built, end, texts, dtype, folder / f"{side}.bin") for side, texts in sides.items()}
         baselines = {name: future.result() for name, future in compressed.items()}
-    written = [folder / name for name in ("train.bin", "heldout.bin", "tokenizer.json")]
+    written = [folder / name for name in FILES]
     hashes = {path.name: _hash_file(path) for path in written}
     record = {
         "format": FORMAT,
-        "fingerprint": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
-        "source": source,
-        "tokenizer": repr(tokenizer),
+        "fingerprint": _fingerprint(hashes),
+        "source": redact.text(source),
+        "tokenizer": redact.text(repr(tokenizer)),
         "vocab": vocab,
         "end_of_text": end,
         "dtype": dtype.str,
@@ -170,7 +172,7 @@ def _write(
         },
         "versions": {"python": platform.python_version(), "tokenizers": metadata.version("tokenizers")},
     }
-    _write_file(folder / "dataset.json", [json.dumps(record, indent=1).encode()])
+    _write_file(folder / "dataset.json", [_text(record)])
 
 
 def _encode(tokenizer: "Tokenizer", end: int, documents: Sequence[Document], dtype: np.dtype, path: Path) -> int:
@@ -235,23 +237,51 @@ def _hash_file(path: Path) -> str:
 
 
 def open_store(folder: Path) -> Store:
-    """Opens a store and checks its files' sizes against its record.
+    """Opens a store, of which every byte is read and compared with its record: about half a second per GB.
+
+    That is less than `ensure` has already spent on reading and hashing the texts, whose tokens are the smaller half.
 
     Raises:
-      Refused: a file is missing, unreadable or of another size than the record says (code 65).
+      Refused: a file is missing, unreadable, a symbolic link, or not what was written (code 65).
     """
     remedy = f"delete the folder '{folder}' and start again to rebuild it."
     try:
-        record = json.loads((folder / "dataset.json").read_text())
-        dtype = np.dtype(record["dtype"])
-        tokens = {side: record[side]["tokens"] for side in ("train", "heldout")}
-        sizes = {name: (size, (folder / name).stat().st_size) for name, size in record["sizes"].items()}
+        text = reading.content(folder / "dataset.json", reading.RECORD)
+        record = reading.parsed(text)
+        dtypes = {np.dtype(name).str: np.dtype(name) for name in ("<u2", "<u4")}
+        dtype, tokens = dtypes[record["dtype"]], {side: int(record[side]["tokens"]) for side in ("train", "heldout")}
+        sizes, hashes = ({name: record[kind][name] for name in FILES} for kind in ("sizes", "sha256"))
+        counted = all(sizes[f"{side}.bin"] == count * dtype.itemsize for side, count in tokens.items())
+        whole = counted and record["fingerprint"] == _fingerprint(hashes) and _text(record) == text
     except OSError as error:
         raise Refused(f"'{error.filename}' cannot be read ({error.strerror}): {remedy}", DATA) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Refused(f"'{folder / 'dataset.json'}' is damaged: {remedy}", DATA) from None
-    for name, (written, found) in sizes.items():
-        if found != written:
-            raise Refused(f"'{folder / name}' has {found} bytes where {written} were written: {remedy}", DATA)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise Refused(f"'{folder / 'dataset.json'}' is damaged: {remedy}", DATA)
+    for name in FILES:
+        check_file(folder / name, sizes[name], remedy)
+        if (folder / name).is_symlink() or _hash_file(folder / name) != hashes[name]:
+            raise Refused(f"'{folder / name}' holds other bytes than were written: {remedy}", DATA)
     maps = {side: np.memmap(folder / f"{side}.bin", dtype, "r", shape=(count,)) for side, count in tokens.items()}
     return Store(folder, record, **maps)
+
+
+def check_file(path: Path, size: int, remedy: str = "bring it back, and run the same command to continue.") -> None:
+    """Refuses a file that is gone or of another size (code 65), of which a memory map would not say so."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise Refused(f"'{path}' cannot be read ({error.strerror}): {remedy}", DATA) from None
+    if found != size:
+        raise Refused(f"'{path}' has {found} bytes where {size} were written: {remedy}", DATA)
+
+
+def _text(record: dict[str, Any]) -> bytes:
+    """The one form of a record, with its own sha256."""
+    facts = {name: value for name, value in record.items() if name != "record"}
+    return (json.dumps(facts | {"record": _fingerprint(facts)}, indent=1) + "\n").encode()
+
+
+def _fingerprint(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

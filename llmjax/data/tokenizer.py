@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmjax import reading
 from llmjax.errors import DATA, USAGE, Refused
 
 if TYPE_CHECKING:
@@ -86,10 +87,12 @@ class TokenizerFile:
     def identity(self) -> str:
         """What decides the tokenizer: the file's content, wherever it lies."""
         try:
-            return f"TokenizerFile {hashlib.sha256(Path(self.path).expanduser().read_bytes()).hexdigest()}"
-        except OSError as error:
+            content = reading.content(Path(self.path).expanduser(), reading.TOKENIZER, follow=True)
+            return f"TokenizerFile {hashlib.sha256(content).hexdigest()}"
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
             raise Refused(
-                f"data.tokenizer.path '{self.path}' cannot be read ({error.strerror}): give a tokenizer.json.", DATA
+                f"data.tokenizer.path '{self.path}' cannot be read ({why}): give a tokenizer.json.", DATA
             ) from None
 
     def build(self, documents: Iterable[str] = ()) -> "Tokenizer":
@@ -110,12 +113,12 @@ def load(path: str | Path) -> "Tokenizer":
     """Reads a `tokenizer.json`.
 
     Raises:
-      Refused: the file is missing or is no tokenizer (code 65).
+      Refused: the file is missing, larger than any, or is no tokenizer (code 65).
     """
     from tokenizers import Tokenizer
 
     try:
-        return plain(Tokenizer.from_file(str(Path(path).expanduser())))
+        return plain(Tokenizer.from_buffer(reading.content(Path(path).expanduser(), reading.TOKENIZER, follow=True)))
     except Exception as error:  # the library raises bare Exception
         raise Refused(f"'{path}' is not a tokenizer.json ({error}): give one written by `tokenizers`.", DATA) from None
 

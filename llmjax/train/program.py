@@ -170,4 +170,4 @@ def microbatches(run: Run, axes: Axes, chip: Chip) -> int:
     if chip.platform != "cpu" or rows < 1 or axes.stage > 1:
         return 1
     wanted = min(rows, max(1, rows * run.sequence // 1024))
-    return max(a for a in range(1, wanted + 1) if rows % a == 0)
+    return next(a for a in range(wanted, 0, -1) if rows % a == 0)

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmjax import redact
+
 
 class Records:
     """Appends to the records in a run directory; a resource, to be used in a `with`."""
@@ -74,7 +76,7 @@ class Records:
 
     def event(self, kind: str, **facts: Any) -> None:
         """One line of events.jsonl: what happened, and when (seconds since 1970)."""
-        self._events.write(json.dumps(dict(kind=kind, time=time.time(), **facts)) + "\n")
+        self._events.write(json.dumps(redact.tree(dict(kind=kind, time=time.time(), **facts))) + "\n")
         os.fsync(self._events.fileno())
 
 
