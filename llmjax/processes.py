@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from llmjax import leash
+from llmjax import redact
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PEER_LOST, PREEMPTED, USAGE, Refused, TooFewDevices
 from llmjax.mesh import Cluster
 from llmjax.rollcall import roll_call
@@ -222,16 +223,21 @@ def _matching(cluster: Cluster, devices: list[jax.Device], processes: int) -> li
 
 def _hide_foreign_output() -> None:
     """Keeps stdout for Python: Gloo prints a line there for every group of processes it connects, at any time."""
-    if sys.stdout is not sys.__stdout__:
+    shown = sys.stdout
+    if (shown.stream if isinstance(shown, redact.Stream) else shown) is not sys.__stdout__:
         return  # captured by someone who knows what they do
     sys.stdout.flush()
     kept = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
-    sys.stdout = sys.__stdout__ = open(  # noqa: SIM115  lives as long as the process
+    sys.__stdout__ = open(  # noqa: SIM115  lives as long as the process
         kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1
     )
+    if isinstance(shown, redact.Stream):
+        shown.stream = sys.__stdout__
+    else:
+        sys.stdout = sys.__stdout__
 
 
 def barrier(name: str) -> None:

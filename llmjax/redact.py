@@ -72,10 +72,10 @@ class Stream:
     """A text stream whose lines have nothing secret in them; in all else it is the one that it was made of."""
 
     def __init__(self, stream: Any):
-        self._stream = stream
+        self.stream = stream
 
     def write(self, given: str) -> int:
-        self._stream.write(text(given))
+        self.stream.write(text(given))
         return len(given)
 
     def writelines(self, lines: Any) -> None:
@@ -83,7 +83,7 @@ class Stream:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
 
 def _environment() -> set[str]:
