@@ -20,8 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from llmjax import leash
-from llmjax import redact
+from llmjax import leash, redact
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PEER_LOST, PREEMPTED, USAGE, Refused, TooFewDevices
 from llmjax.mesh import Cluster
 from llmjax.rollcall import roll_call
