@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from llmjax import redact
-from llmjax.errors import DONE, IO, PEER_LOST, PREEMPTED, Refused, did_you_mean
-from llmjax.notice import Notice, Stopped
+from llmjax.errors import DONE, IO, PEER_LOST, Refused, TooFewDevices, did_you_mean
+from llmjax.notice import Notice
 
 if TYPE_CHECKING:
+    from llmjax.mesh import Cluster
     from llmjax.run import Run
 
 Asked = TypeVar("Asked")
@@ -24,7 +25,10 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax train [EXPERIMENT] [--field value ...]   train, or continue, an experiment (default: stdlib_tiny)
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
   llmjax checkpoints RUN [--verify]               list a run's checkpoints; read them back
+  llmjax goodput RUN                              where a run's wall time went
+  llmjax replay RUN --step N                      take a step again and see where it stops being finite
   llmjax launch --processes N --devices D train … the same command on N processes of this machine
+  llmjax supervise [--tries N ...] -- train …     the same command, started again when it dies, hangs or is preempted
   llmjax parity [EXPERIMENT] [--layouts …]        show that every layout gives the same numbers (default: stdlib_tiny)
   llmjax plan [EXPERIMENT] [--mesh NAME] ...      foresee memory, messages and speed on any cluster
   llmjax bench [EXPERIMENT] [--field value ...]   measure the speed of training here (default: bench_small)
@@ -35,8 +39,9 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "generate", "checkpoints", "launch", "parity", "plan", "bench", "experiments", "meshes")
-LAUNCHED = ("train", "parity", "bench")  # what several processes can do together
+COMMANDS = ("train", "generate", "checkpoints", "goodput", "replay", "launch", "supervise", "parity", "plan", "bench",
+            "experiments", "meshes")  # fmt: skip
+LAUNCHED = ("train", "parity", "bench", "supervise")  # what several processes can do together
 
 
 def main() -> None:
@@ -57,7 +62,8 @@ def experiment(run: "Run") -> None:
     """`python -m experiments.NAME`: the same as `llmjax train NAME`."""
     module = sys.modules["__main__"]
     name = module.__spec__.name if module.__spec__ else Path(str(module.__file__)).stem
-    _exit(_train, dataclasses.replace(run, name=run.name or name.rpartition(".")[2]), sys.argv[1:])
+    with Notice() as notice:
+        _exit(_train, dataclasses.replace(run, name=run.name or name.rpartition(".")[2]), sys.argv[1:], notice)
 
 
 def _exit(call: Callable[..., int], *arguments) -> None:
@@ -76,9 +82,6 @@ def _code(call: Callable[..., int], *arguments) -> int:
     except Refused as refusal:
         print(f"llmjax: {refusal}", file=sys.stderr)
         return refusal.code
-    except Stopped:
-        print("llmjax: stopped before there was anything to save: run the same command to continue.", file=sys.stderr)
-        return PREEMPTED
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -105,7 +108,8 @@ def _failed(error: Exception) -> int:
 def _dispatch(command: str, arguments: list[str]) -> int:
     match command:
         case "train":
-            return _train(*_experiment(arguments, "stdlib_tiny"))
+            with Notice() as notice:  # before the slow imports
+                return _train(*_experiment(arguments, "stdlib_tiny"), notice)
         case "parity":
             return _parity(*_experiment(arguments, "stdlib_tiny"))
         case "plan":
@@ -116,8 +120,14 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _generate(arguments)
         case "checkpoints":
             return _checkpoints(arguments)
+        case "goodput":
+            return _goodput(arguments)
+        case "replay":
+            return _replay(arguments)
         case "launch":
             return _launch(arguments)
+        case "supervise":
+            return _supervise(arguments)
         case "experiments" | "meshes":
             return _list(command, arguments)
     raise Refused(f"{command} is not a command: {did_you_mean(command, COMMANDS)}`llmjax --help` lists them.")
@@ -193,12 +203,7 @@ def _by_name():
     return registry
 
 
-def _train(run: "Run", arguments: list[str]) -> int:
-    with Notice() as notice:
-        return _train_noticing(run, arguments, notice)
-
-
-def _train_noticing(run: "Run", arguments: list[str], notice: Notice) -> int:
+def _train(run: "Run", arguments: list[str], notice: Notice) -> int:
     import tyro
 
     from llmjax.processes import Processes, Supervised
@@ -214,7 +219,14 @@ def _train_noticing(run: "Run", arguments: list[str], notice: Notice) -> int:
     from llmjax.commands.train import train
 
     named = dataclasses.replace(asked.run, name=asked.run.name or run.name)
-    return train(named, asked.processes, asked.supervised, notice)
+    try:
+        return train(named, asked.processes, asked.supervised, notice)
+    except TooFewDevices:  # the exit code is that of any other refusal
+        if asked.supervised.heartbeat:
+            from llmjax.commands.supervise import TOO_FEW
+
+            Path(asked.supervised.heartbeat).with_suffix(TOO_FEW).touch()
+        raise
 
 
 def _bench(run: "Run", arguments: list[str]) -> int:
@@ -277,6 +289,29 @@ def _checkpoints(arguments: list[str]) -> int:
     return checkpoints(tyro.cli(Options, args=arguments, prog="llmjax checkpoints"))
 
 
+def _goodput(arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.commands.goodput import Options, goodput
+
+    return goodput(tyro.cli(Options, args=arguments, prog="llmjax goodput"))
+
+
+def _replay(arguments: list[str]) -> int:
+    from llmjax.commands.generate import find
+    from llmjax.commands.replay import Options, replay
+    from llmjax.run import read
+
+    if not arguments or arguments[0].startswith("-"):
+        raise Refused("replay needs the name of a run, or its directory, first: llmjax replay RUN --step N.")
+    runs = arguments[arguments.index("--runs") + 1] if "--runs" in arguments[:-1] else "runs"
+    folder = find(arguments[0], runs)
+    run = dataclasses.replace(read(folder / "run.json"), runs=str(folder.parent), name=folder.name)
+    about = f"Takes a step of {folder} again, from the checkpoint before it, and looks where it stops being finite."
+    run, processes, asked = _with_options(run, Options(), arguments[1:], "replay", about)
+    return replay(run, folder, processes, asked)
+
+
 def _launch(arguments: list[str]) -> int:
     import tyro
 
@@ -296,12 +331,43 @@ def _launch(arguments: list[str]) -> int:
         logs: str = "runs/.cache/logs"
         "Folder for the output of every process but the first."
 
-    asked, rest = tyro.cli(Launch, args=arguments, prog="llmjax launch", return_unknown_args=True)
+    at = arguments.index("supervise") if "supervise" in arguments else len(arguments)  # its options are its own
+    asked, rest = tyro.cli(Launch, args=arguments[:at], prog="llmjax launch", return_unknown_args=True)
+    rest += arguments[at:]
     if not rest or rest[0] not in LAUNCHED:
         known = (*LAUNCHED, *(f"--{field.name}" for field in dataclasses.fields(Launch)))
         given, near = (rest[0], did_you_mean(rest[0], known)) if rest else ("nothing", "")
         raise Refused(f"launch got {given} to run: {near}give train, parity or bench, then options of that command.")
     return launch(asked.processes, asked.devices, rest, Path(asked.logs))
+
+
+def _supervise(arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.commands.supervise import Options, spare_words, supervise
+
+    at = next((i for i, word in enumerate(arguments) if word in ("--", "train", "launch")), len(arguments))
+    asked = tyro.cli(Options, args=arguments[:at], prog="llmjax supervise")
+    words = arguments[at + 1 :] if arguments[at : at + 1] == ["--"] else arguments[at:]
+    if words[:1] != ["train"] and not (words[:1] == ["launch"] and "train" in words):
+        near = did_you_mean(words[0], ("train", "launch")) if words and words[0] != "launch" else ""
+        given = " ".join(words[:3]) or "nothing"
+        raise Refused(f"supervise got {given} to run: {near}give train, or launch ... train, and their options.")
+    spare = asked.fallback or asked.fallback_mesh
+    return supervise(asked, words, spare_words(asked, words, _fallback_mesh(asked, words)) if spare else ())
+
+
+def _fallback_mesh(asked: Any, words: list[str]) -> "Cluster":
+    """The mesh that the supervisor's options, the run's own or the experiment name for when devices are lost."""
+    from llmjax import names
+    from llmjax.commands.supervise import option
+
+    run, options = _experiment(words[words.index("train") + 1 :], "stdlib_tiny")
+    if name := asked.fallback_mesh or option(options, "--fallback-mesh"):
+        return names.load("meshes", name, "cluster")
+    if run.fallback_mesh is None:
+        raise Refused(f"{run.name} has no fallback_mesh: name a mesh to fall back to with --fallback-mesh.")
+    return run.fallback_mesh
 
 
 def _list(package: str, arguments: list[str]) -> int:

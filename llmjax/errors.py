@@ -25,6 +25,10 @@ class Refused(Exception):
         self.code = code
 
 
+class TooFewDevices(Refused):
+    """Some of the devices of the mesh are not there: gone, maybe, and a supervisor may know a smaller mesh."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The beginning of a remedy, "did you mean cpu8? ", or nothing where no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -1,20 +1,19 @@
 """Being asked to stop, by Ctrl-C or SIGTERM, at any time of a run. It imports nothing slow, to be there first."""
 
 import faulthandler
+import os
 import signal
 import sys
 from collections.abc import Callable
 
-
-class Stopped(BaseException):
-    """Asked to stop while there was nothing yet to be saved; nobody takes it for a failure."""
+from llmjax.errors import PREEMPTED
 
 
 class Notice:
     """Whether this run was asked to stop; a resource, to be used in a `with` from the main thread.
 
-    Until `save_first`, the first signal raises Stopped where the program is. From then on it is an answer to `asked`,
-    and a second Ctrl-C leaves at once. SIGUSR1 prints the stacks of all threads.
+    Until `save_first`, a signal ends the process, with the code that says "start me again". From then on it is noted in
+    `asked`, and a second Ctrl-C leaves at once. SIGUSR1 prints the stacks of all threads.
     """
 
     def __init__(self, say: Callable[[str], None] = print):
@@ -50,7 +49,10 @@ class Notice:
             return
         self.asked = True
         if not self._saves:
-            raise Stopped
+            # An exception from here could arise in any line, of an import or of a destructor too. Leaving like this
+            # harms nothing that a kill would not, and all that is written while starting stands up to that.
+            os.write(2, b"llmjax: stopped before there was anything to save: run the same command to continue.\n")
+            os._exit(PREEMPTED)
         self.say("Stopping after this step; saving. Press Ctrl-C again to leave at once.")
         if self._forward:
             self._forward()

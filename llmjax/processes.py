@@ -20,7 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from llmjax.errors import DATA, DONE, IO, NON_FINITE, PEER_LOST, PREEMPTED, USAGE, Refused
+from llmjax import leash
+from llmjax.errors import DATA, DONE, IO, NON_FINITE, PEER_LOST, PREEMPTED, USAGE, Refused, TooFewDevices
 from llmjax.mesh import Cluster
 from llmjax.rollcall import roll_call
 
@@ -203,7 +204,7 @@ def _matching(cluster: Cluster, devices: list[jax.Device], processes: int) -> li
     if wanted is not None and found < wanted:
         needs = f"{wanted} device{'s' * (wanted > 1)}"
         where = "this machine has" if processes == 1 else f"these {processes} processes have"
-        raise Refused(f"mesh {cluster.name} needs {needs} and {where} {found} {kind}: {emulate}.")
+        raise TooFewDevices(f"mesh {cluster.name} needs {needs} and {where} {found} {kind}: {emulate}.")
     if cluster.chip is not None and cluster.chip.platform != devices[0].platform:
         raise Refused(f"mesh {cluster.name} is of {cluster.chip.name} chips and this machine has {kind}: {emulate}.")
     if cluster.chip is not None and cluster.chip.kinds and not cluster.chip.named(kind):
@@ -248,6 +249,15 @@ def agree(value: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def every(fine: bool) -> bool:
+    """Whether it is fine on every process; it waits for all of them."""
+    if jax.process_count() == 1:
+        return fine
+    from jax.experimental import multihost_utils
+
+    return bool(np.min(multihost_utils.process_allgather(np.int32(fine))))
 
 
 def share(value: Any) -> Any:
@@ -333,8 +343,8 @@ def launch(processes: int, devices: int, arguments: Sequence[str], folder: Path,
     """Runs `python -m module arguments` as a cluster of processes on this machine and returns its exit code.
 
     Process 0 has this terminal; process i > 0 writes to `folder/process_<i>.log`. When one fails, the others get a
-    moment and are then ended. SIGINT and SIGTERM are passed on and the processes waited for. Call it from the main
-    thread.
+    moment and are then ended. SIGINT, SIGTERM and SIGUSR1 are passed on and the processes waited for. Call it from the
+    main thread.
 
     Raises:
       Refused: fewer than one process or device, or a log cannot be written.
@@ -354,13 +364,14 @@ def launch(processes: int, devices: int, arguments: Sequence[str], folder: Path,
         for child in children:
             child.send_signal(number)  # does nothing to one that has ended
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    again = "--supervised.heartbeat" in arguments  # what a start before this one said last may tell why it ended
     try:
         for index in range(processes):
             own = {"coordinator": address, "count": processes, "index": index, "devices": devices}
             flags = [word for key, value in own.items() for word in (f"--processes.{key}", str(value))]
-            command = [sys.executable, "-m", module, *arguments, *flags]
-            children.append(_spawn(command, folder / f"process_{index}.log" if index else None))
+            log = folder / f"process_{index}.log" if index else None
+            children.append(_spawn(leash.command(module, [*arguments, *flags]), log, append=again))
         return exit_code(_wait(children))
     finally:
         for child in children:
@@ -371,7 +382,7 @@ def launch(processes: int, devices: int, arguments: Sequence[str], folder: Path,
             signal.signal(number, handler)
 
 
-def _spawn(command: list[str], log: Path | None) -> subprocess.Popen:
+def _spawn(command: list[str], log: Path | None, append: bool) -> subprocess.Popen:
     # A process group of its own: the terminal's Ctrl-C then reaches a child once, through the launcher. gRPC would
     # ask an http_proxy even for this machine.
     # C++ parts would warn of the SIGTERM by which the processes agree to stop.
@@ -379,7 +390,7 @@ def _spawn(command: list[str], log: Path | None) -> subprocess.Popen:
     options = {"process_group": 0, "env": environment, "stdin": subprocess.DEVNULL}
     if log is None:
         return subprocess.Popen(command, **options)
-    with log.open("wb") as output:
+    with log.open("ab" if append else "wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
 
 

@@ -38,7 +38,8 @@ def _collect(address: tuple[str, int], count: int, _: int, until: float, seconds
             f"processes.coordinator {address[0]}:{address[1]} cannot be listened on ({error.strerror}): give a port "
             "that is free."
         ) from error
-    here: dict[int, socket.socket] = {}
+    here: set[int] = set()
+    heard: list[socket.socket] = []
     with contextlib.ExitStack() as stack, listener, selectors.DefaultSelector() as waiting:
         waiting.register(listener, selectors.EVENT_READ)
         why, code = None, 2
@@ -50,8 +51,8 @@ def _collect(address: tuple[str, int], count: int, _: int, until: float, seconds
                     waiting.register(stack.enter_context(peer), selectors.EVENT_READ)
                 else:
                     waiting.unregister(key.fileobj)
-                    why = why or _admit(key.fileobj, here, count)
-        missing = sorted(set(range(1, count)) - here.keys())
+                    why = why or _admit(key.fileobj, here, heard, count)
+        missing = sorted(set(range(1, count)) - here)
         if why is None and missing:
             names = ", ".join(map(str, missing[:16])) + (" and others" if len(missing) > 16 else "")
             why, code = (
@@ -60,27 +61,29 @@ def _collect(address: tuple[str, int], count: int, _: int, until: float, seconds
                 f"{'it' if len(missing) == 1 else 'they'} ended.",
                 PEER_LOST,
             )
-        for peer in here.values():
+        for peer in heard:
             with contextlib.suppress(OSError):  # gone already: the join will tell
                 peer.sendall(_line({} if why is None else {"refused": why, "code": code}))
         if why is not None:
             raise Refused(why, code)
 
 
-def _admit(peer: socket.socket, here: dict[int, socket.socket], count: int) -> str | None:
+def _admit(peer: socket.socket, here: set[int], heard: list[socket.socket], count: int) -> str | None:
     """Takes a process in; says why all must be refused. What is no process of ours is not listened to."""
     try:
         said = _read(peer)
         index, its = int(said["index"]), int(said["count"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    heard.append(peer)
     if its != count:
-        return f"process {index} says that there are {its} processes and process 0 that there are {count}: " + (
-            "give all the same --processes.count."
+        return (
+            f"process {index} says that there are {its} processes and process 0 that there are {count}: give all the "
+            "same --processes.count."
         )
     if index in here or not 0 < index < count:
         return f"two processes have index {index}: give each its own --processes.index."
-    here[index] = peer
+    here.add(index)
     return None
 
 

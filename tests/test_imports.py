@@ -11,8 +11,8 @@ ROOT = Path(llmjax.__path__[0])
 
 # A file imports from rooms above its own line and from its own room, never from beside or below.
 ORDER = (
-    ("errors", "notice", "redact", "reading"),
-    ("names", "mesh", "rollcall"),
+    ("errors", "leash", "redact", "reading"),
+    ("names", "notice", "mesh", "rollcall"),
     ("layout",),
     ("run", "processes"),
     ("checks",),

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ class Checkpoints:
     def __init__(self, folder: Path, retention: Retention = Retention(), say: Callable[[str], None] = print):
         self.folder, self.retention, self.say = Path(folder).absolute(), retention, say
         self._writing: tuple[int, concurrent.futures.Future[str | None]] | None = None
+        self._bytes = 0  # of the state that was saved last
         self._good: set[int] = set()  # verified or written by this process
         self._damaged: set[int] = set()
         self._tidied = False
@@ -64,8 +66,8 @@ class Checkpoints:
         """The newest of `steps`, which need not be what was written."""
         return max(self.steps(), default=None)
 
-    def newest_verified(self) -> int | None:
-        """The newest step whose files are, to the last byte, what was written; None if there is no step at all.
+    def newest_verified(self, until: int | None = None) -> int | None:
+        """The newest step, of those `until` one, whose files are what was written; None if there is none at all.
 
         Says in a line which steps it passed over and what it ignored, and why.
 
@@ -76,7 +78,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for name, kind in files.ignored(self.folder).items():
                 self.say(f"Ignored {self.folder / name}: {kind}.")
-            for step in reversed(self.steps()):
+            for step in reversed([step for step in self.steps() if until is None or step <= until]):
                 if (reason := self.verify(step)) is None:
                     found = step
                     break
@@ -119,6 +121,7 @@ class Checkpoints:
         context = ocp.Context()
         # Made in the background, a folder that cannot be made leaves threads waiting for it, which hold up the exit.
         context.asynchronous.create_directories_asynchronously = False
+        self._bytes = sum(x.nbytes for x in jax.tree.leaves(state))
         with self._failures(step), context:
             written = ocp.save_async(path, named(state), overwrite=True, custom_metadata=facts)
             pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -212,10 +215,11 @@ class Checkpoints:
                 reason = sealed.result()
         except Refused:
             if together:
-                processes.agree(False)
+                processes.every(False)
             raise
-        if together and not processes.agree(True):
-            raise Refused(f"checkpoint {step} could not be written by the first process: see its output.", IO)
+        if together and not processes.every(True):
+            self._good.discard(step)
+            raise Refused(f"checkpoint {step} could not be written by another process: see its output.", IO)
         if reason is not None:
             self.say(f"Checkpoint {self.folder / str(step)} is not what was written: {reason}. Look at this disk.")
 
@@ -278,9 +282,15 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            why = cause(error, self.folder)
+            self._good.discard(step)
+            if jax.process_index() == 0:
+                files.abandon(self.folder, step)  # what is half written would keep a full disk full
+            with contextlib.suppress(OSError):
+                why += f"; it takes {self._bytes:,} bytes, and {shutil.disk_usage(self.folder).free:,} are free"
             raise Refused(
-                f"checkpoint {step} could not be written to {self.folder} ({cause(error, self.folder)}): make room or "
-                f"give a folder that can be written with --runs, then run the same command to continue.",
+                f"checkpoint {step} could not be written to {self.folder} ({why}): make room or give a folder that can "
+                f"be written with --runs, then run the same command to continue.",
                 IO,
             ) from error
 

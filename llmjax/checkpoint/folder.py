@@ -58,8 +58,17 @@ def prune(folder: Path, newest: int, retention: Retention, damaged: Set[int]) ->
 
 def tidy(folder: Path) -> None:
     """Deletes what killed processes left half written or half deleted; none may be at work."""
+    _delete(folder, UNFINISHED)
+
+
+def abandon(folder: Path, step: int) -> None:
+    """Deletes what a failed save of this step left."""
+    _delete(folder, re.compile(rf"{step}({UNSEALED}|({UNSEALED})?\.orbax-checkpoint-tmp.*)"))
+
+
+def _delete(folder: Path, names: re.Pattern[str]) -> None:
     for path in list(folder.iterdir()) if folder.is_dir() else ():
-        if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+        if names.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -31,6 +31,7 @@ from llmjax.mesh import Axes
 from llmjax.notice import Notice
 from llmjax.plan import kept
 from llmjax.processes import Processes, Supervised
+from llmjax.report import goodput
 from llmjax.run import FREE, Run, differences, fingerprint, to_json
 from llmjax.train import loop
 from llmjax.train.display import Display, count, duration, memory
@@ -76,7 +77,8 @@ def train(
     dataset = open_data(program, display, first)
     with contextlib.ExitStack() as stack:
         if first:
-            stack.enter_context(claimed(folder, run, display))
+            stack.enter_context(owned(folder, display.say))
+            claim(folder, run)
         system.barrier("run directory")
         cache_compiled_programs(Path(run.runs))
         stack.enter_context(program.context())
@@ -93,20 +95,20 @@ def train(
                 (folder / "tokenizer.json").write_text(dataset.tokenizer.to_str(pretty=True), encoding="utf-8")
         header(program, state, dataset, start, display)
         spent.mark("start")
+        if notice:
+            notice.save_first()
         ledger.event(
             "start", step=start, devices=len(devices), seconds=spent.elapsed(),
             process_began=time.time() - spent.elapsed(),
         )  # fmt: skip
-        if notice:
-            notice.save_first()
         state, done = steps(program, state, start, dataset, ledger, stop)
         loop.save(program, state, done, dataset, ledger, last=True)
         checkpoints.wait()
         spent.mark("save")
         facts = loop.evaluate(program, state, dataset, ledger, done, stop=stop) if done == run.steps else None
         if facts is None:
-            ledger.event("stop", step=done)
             ledger.account(now=True)
+            ledger.event("stop", step=done)
             display.say(f"Stopped and saved after step {done:,} of {run.steps:,}: run the same command to continue.")
             return PREEMPTED
         samples(program, state, dataset, folder, display, first)
@@ -133,7 +135,7 @@ def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, s
     """The loop, from checkpoint to checkpoint where bad steps make the run go back."""
     guard, rewinds = program.run.guard, Counter()
     while True:
-        left_out = system.share(sorted(skipped(program.run, ledger)))
+        left_out = system.share(sorted(skipped(program.run, program.run.folder() if ledger.records else None)))
         try:
             return loop.steps(program, state, start, dataset, ledger, stop, frozenset(left_out))
         except loop.Rewind as bad:
@@ -153,10 +155,10 @@ def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, s
             )
 
 
-def skipped(run: Run, ledger: Ledger) -> set[int]:
-    """The steps, counted from 1, whose batches are left out: the run's own and those that the events tell."""
+def skipped(run: Run, folder: Path | None) -> set[int]:
+    """The steps, counted from 1, whose batches are left out: the run's own and those that a folder's events tell."""
     found = set(run.guard.skip)
-    for event in read(run.folder() / "events.jsonl") if ledger.records else ():
+    for event in read(folder / "events.jsonl") if folder else ():
         if event["kind"] == "skip":
             found.add(event["step"])
         if event["kind"] == "rewind":
@@ -220,26 +222,15 @@ def directory(run: Run) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def claimed(folder: Path, run: Run, display: Display) -> Iterator[None]:
-    """Makes the directory this run's, and this process's until the end of the context.
-
-    It comes last of all that may be refused, so that a mistake leaves no trace.
-    """
+def claim(folder: Path, run: Run) -> None:
+    """Makes the directory this run's; comes last of all that may be refused, so that a mistake leaves no trace."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / "run.json.new"
+        scratch.write_text(json.dumps(to_json(run), indent=1) + "\n", encoding="utf-8")
+        scratch.replace(folder / "run.json")
     except OSError as error:
         raise Refused(f"{folder} cannot be written ({error.strerror}): choose another folder, --runs.", IO) from error
-    with owned(folder, display.say):
-        try:
-            scratch = folder / "run.json.new"
-            scratch.write_text(json.dumps(to_json(run), indent=1) + "\n", encoding="utf-8")
-            scratch.replace(folder / "run.json")
-        except OSError as error:
-            raise Refused(
-                f"{folder} cannot be written ({error.strerror}): choose another folder, --runs.", IO
-            ) from error
-        yield
 
 
 def cache_compiled_programs(runs: Path) -> None:
@@ -304,23 +295,31 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
             f"axes.data is {data}, but checkpoint {step} of {program.run.folder()} has {workers} workers of local SGD: "
             f"continue with --axes.data {workers}, or start afresh with another --name."
         )
-    wanted = program.abstract_state()
-    if not facts.get("watched"):  # as older versions wrote it
-        wanted = dataclasses.replace(wanted, watch=None)
-    state = ledger.checkpoints.restore(step, like(wanted, program.mesh))
-    if state.watch is None and not program.run.local.every:
-        state = dataclasses.replace(state, watch=jax.jit(watch)())
+    state = read_state(program, ledger.checkpoints, step)
     if ledger.records:
         redo(ledger, step, program.run.steps)
     ledger.display.say(f"Continuing {program.run.folder()} from step {step:,}.")
     return state, step
 
 
+def read_state(program: Program, checkpoints: Checkpoints, step: int) -> State:
+    """The state of a checkpoint on the program's mesh; one that an older version wrote has seen nothing yet."""
+    wanted = program.abstract_state()
+    if not checkpoints.facts(step).get("watched"):
+        wanted = dataclasses.replace(wanted, watch=None)
+    state = checkpoints.restore(step, like(wanted, program.mesh))
+    if state.watch is None and not program.run.local.every:
+        state = dataclasses.replace(state, watch=jax.jit(watch)())
+    return state
+
+
 def redo(ledger: Ledger, step: int, end: int | None = None) -> None:
     """Takes back what the records say of the steps that will be done again."""
-    dropped = [line for line in ledger.records.rewind(step, end) if "step_ms" in line and not line.get("compiled")]
+    dropped = [line for line in ledger.records.rewind(step, end) if "step_ms" in line and "compiled" not in line]
     if dropped:
-        ledger.event("redo", steps=len(dropped), seconds=sum(line["step_ms"] for line in dropped) / 1e3)
+        seconds = sum(line["step_ms"] - min(line["data_wait_ms"], line["step_ms"]) for line in dropped) / 1e3
+        until = max(line.get("elapsed", 0) for line in dropped)  # in the clock of the process that did them
+        ledger.event("redo", steps=len(dropped), seconds=seconds, until=until)
 
 
 def header(program: Program, state: State, dataset, start: int, display: Display) -> None:
@@ -397,6 +396,7 @@ def summary(program: Program, facts: dict[str, float], dataset, folder: Path, di
     if step and speed:
         took = run.batch * run.sequence / sorted(speed)[len(speed) // 2]
         display.say(f"Planned {1e3 * step:,.1f} ms/step, measured {1e3 * took:,.1f}: {100 * (step / took - 1):+.0f}%.")
+    display.say(goodput.line(goodput.of(read(folder / "events.jsonl"), read(folder / "metrics.jsonl"))))
     display.say(next_steps(run))
 
 

@@ -73,8 +73,10 @@ def _gathered(table: jax.Array) -> Any:
     return table if jax.process_count() == 1 else multihost_utils.process_allgather(table, tiled=True)
 
 
-def repeat(step: Callable, state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """`step(state, batch)`, taken twice from equal copies of the state and compared; needs room for three states.
+def repeat(step: Callable, state: Any, batch: Any, *, number: int) -> tuple[Any, dict[str, jax.Array]]:
+    """`step(state, batch)`, the step of this number, taken twice from equal copies of the state, and compared.
+
+    It needs room for three states.
 
     Raises:
       Refused: the two gave different results; a third one tells whether it lasts.
@@ -85,7 +87,7 @@ def repeat(step: Callable, state: Any, batch: Any) -> tuple[Any, dict[str, jax.A
         differ = [name for name in third if len({result[name] for result in (*results, third)}) > 1]
         kind = "transient: the third agrees with one of them" if third in results else "persistent: no two agree"
         raise Refused(
-            f"step {int(state.step) + 1}, taken twice from one state, gave different results in {', '.join(differ[:4])}"
+            f"step {number}, taken twice from one state, gave different results in {', '.join(differ[:4])}"
             f"{' and others' if len(differ) > 4 else ''} ({kind}): a device computes wrongly, so run the same command "
             "to continue from the last checkpoint, on other devices if it comes back.",
             NON_FINITE,
@@ -96,5 +98,5 @@ def repeat(step: Callable, state: Any, batch: Any) -> tuple[Any, dict[str, jax.A
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
-def _digests(tree: Any) -> dict[str, str]:
-    return digest.text(jax.jit(digest.digest)(tree))
+def _digests(results: tuple[Any, Any]) -> dict[str, str]:
+    return digest.text(jax.jit(digest.digest)(dict(zip(("state", "metrics"), results, strict=True))))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.checkpoint.checkpoints import Checkpoints
-from llmjax.errors import Refused
+from llmjax.errors import IO, Refused
 from llmjax.train.display import Display
 from llmjax.train.records import Records, read
 from llmjax.train.spent import Spent
@@ -80,14 +80,19 @@ class Ledger:
 
 @contextlib.contextmanager
 def owned(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keeps other runs out of a run directory until the end, or the death, of this process.
+    """Makes a run directory, and keeps other runs out of it until the end, or the death, of this process.
 
     The lock is the kernel's, so that a process that was killed leaves none; the file says whose it is.
 
     Raises:
-      Refused: another process has it.
+      Refused: another process has it, or it cannot be written.
     """
-    with open(os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written ({error.strerror}): choose another folder, --runs.", IO) from error
+    with open(descriptor, "r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -144,7 +144,7 @@ class Reporter:
         """The step, or twice the step where it is to be compared with itself."""
         every = self.program.run.guard.repeat
         if every and (step + 1) % every == 0:
-            return corruption.repeat(self.program.step, state, batch)
+            return corruption.repeat(self.program.step, state, batch, number=step + 1)
         return self.program.step(state, batch)
 
     def settle(self, state: State) -> State:
@@ -210,7 +210,7 @@ class Reporter:
     def _sentence(self, step: int, loss: float, grad_norm: float, facts: dict[str, Any], reason: str) -> str:
         rows = ", ".join(map(str, facts["rows"][:16])) + (", ..." if len(facts["rows"]) > 16 else "")
         leaf = blackbox.first_bad(facts)
-        many = f", the {self.bad_in_a_row}th in a row" if self.bad_in_a_row > 1 else ""
+        many = f", as in the {self.bad_in_a_row - 1} before it" if self.bad_in_a_row > 1 else ""
         return (
             f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, which is {reason}{many}"
             f"{f', in the gradient of {leaf} first' if leaf else ''}, so training stopped and this step was not saved "

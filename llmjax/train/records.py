@@ -22,13 +22,13 @@ class Records:
         self._metrics, self._events = (
             (self.folder / name).open("a", encoding="utf-8", buffering=1) for name in ("metrics.jsonl", "events.jsonl")
         )
-        self._board: Any = None
+        self._board: Any = None  # False: it failed
         self._start = 0
         return self
 
     def __exit__(self, *_) -> None:
         for file in (self._metrics, self._events, self._board):
-            if file is not None:
+            if file:
                 file.close()
 
     def rewind(self, step: int, end: int | None = None) -> list[dict[str, Any]]:
@@ -47,14 +47,32 @@ class Records:
     def metrics(self, facts: dict[str, Any]) -> None:
         """One line of metrics.jsonl, with at least `step`; finite numbers also go to TensorBoard."""
         self._metrics.write(json.dumps(facts) + "\n")
-        if self._board is None:
-            from tensorboardX import SummaryWriter
+        shown = {name: x for name, x in facts.items() if isinstance(x, (int, float)) and math.isfinite(x)}
+        try:
+            self._to_board(shown.pop("step"), shown)
+        except OSError as error:  # TensorBoard's copy may end; training may not
+            self._board = False
+            self.event("board_failed", reason=str(error))
 
-            # With purge_step, TensorBoard hides what an earlier start wrote from that step on.
-            self._board = SummaryWriter(str(self.folder / "tb"), purge_step=self._start + 1 if self._start else None)
-        for name, value in facts.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                self._board.add_scalar(name, value, facts["step"])
+    def _to_board(self, step: int, numbers: dict[str, float]) -> None:
+        """Numbers of a step, for TensorBoard.
+
+        Written by this thread: tensorboardX's own one dies of a full disk or a clock that leaps, and whoever writes
+        to its queue then waits for ever.
+        """
+        if self._board is False:
+            return
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if self._board is None:
+            (self.folder / "tb").mkdir(exist_ok=True)
+            self._board = EventsWriter(str(self.folder / "tb" / "events"))
+            if self._start:  # TensorBoard hides what an earlier start wrote from that step on
+                self._board.write_event(Event(step=self._start + 1, session_log=SessionLog(status=SessionLog.START)))
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()]
+        self._board.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
 
     def event(self, kind: str, **facts: Any) -> None:
         """One line of events.jsonl: what happened, and when (seconds since 1970)."""

@@ -4,25 +4,36 @@ Every command is a process of its own, with a compile cache that all of them sha
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 import pytest
+from place import (
+    EVALUATION,
+    FOUR,
+    METRICS,
+    STEPS,
+    SYNTHETIC,
+    TEXT,
+    Ended,
+    Place,
+    arrays,
+    content,
+    curve,
+    equal,
+    flip,
+    kinds,
+    losses,
+    metrics,
+)  # fmt: skip
 
 from llmjax import cli
 from llmjax import layout as layouts
@@ -33,154 +44,6 @@ from llmjax.errors import Refused
 from llmjax.mesh import Axes
 from llmjax.run import fingerprint
 from llmjax.train.program import make
-from llmjax.train.records import read
-
-STEPS = 24
-METRICS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_ms", "mfu", "data_wait_ms"]
-EVALUATION = ["step", "eval_loss", "eval_targets"]
-LIMIT = 240  # seconds for any command
-
-EXPERIMENT = '''
-"""A small run."""
-
-from llmjax.data.dataset import Synthetic, Text
-from llmjax.data.tokenizer import Bytes
-from llmjax.models.llama import Llama
-from llmjax.optim.adamw import AdamW
-from llmjax.run import Run
-from llmjax.train.loss import NextToken
-from meshes import local
-
-run = Run(
-    model=Llama(vocab={vocab}, layers=2, width=32, heads=4, kv_heads=4, head_dim=8, ff=64, positions=16),
-    data={data},
-    optimizer=AdamW(lr=3e-3),
-    loss=NextToken(),
-    mesh=local.cluster,
-    steps=24,
-    batch=16,
-    sequence=16,
-    dtype="float32",
-    eval_every=8,
-    save_every=4,
-    prompts={prompts},
-)
-'''
-SYNTHETIC = EXPERIMENT.format(vocab=64, data="Synthetic(vocab=64, rows=256)", prompts="()")
-TEXT = EXPERIMENT.format(
-    vocab=260, data='Text(path="corpus", tokenizer=Bytes(), heldout=0.2)', prompts='("a quick", "the lazy")'
-)
-FOUR = ("--processes.devices", "4")
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """What became of a command."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """A folder with experiment files, runs and a compile cache; starts commands there."""
-
-    folder: Path
-
-    @property
-    def runs(self) -> Path:
-        return self.folder / "runs"
-
-    @contextlib.contextmanager
-    def started(self, *words: str) -> Iterator[subprocess.Popen]:
-        """A command while it runs; whatever is left of it and of its children afterwards is killed."""
-        settings = dict(
-            JAX_COMPILATION_CACHE_DIR=str(self.folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llmjax.cli", *words],
-            cwd=self.folder, env=os.environ | settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-                for child in children.read_text().split() if children.exists() else ():
-                    os.kill(int(child), signal.SIGKILL)
-                process.kill()
-                process.communicate()
-
-    def run(self, *words: str) -> Ended:
-        """Runs a command to its end."""
-        with self.started(*words) as process:
-            return ended(process)
-
-    def signalled(self, number: int, run: str, lines: int, *words: str) -> Ended:
-        """Runs a command, and sends it a signal as soon as the metrics of a run have so many lines."""
-        with self.started(*words) as process:
-            until = time.monotonic() + LIMIT
-            while process.poll() is None and len(metrics(self.runs / run)) < lines:
-                assert time.monotonic() < until
-                time.sleep(0.002)
-            process.send_signal(number)  # does nothing to one that has ended
-            return ended(process)
-
-
-def ended(process: subprocess.Popen) -> Ended:
-    out, err = process.communicate(timeout=LIMIT)
-    return Ended(process.returncode, out, err)
-
-
-def metrics(folder: Path) -> list[dict]:
-    return read(folder / "metrics.jsonl")
-
-
-def curve(folder: Path) -> list[tuple]:
-    """What was computed, without what was timed; as text, so that equal means equal in every bit."""
-    return [
-        tuple((key, repr(line[key])) for key in ("step", "loss", "grad_norm", "lr", "eval_loss") if key in line)
-        for line in metrics(folder)
-    ]
-
-
-def losses(folder: Path) -> np.ndarray:
-    """[steps, 2]: loss and gradient norm of every step, each step once and in order."""
-    lines = [line for line in metrics(folder) if "loss" in line]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return np.array([(line["loss"], line["grad_norm"]) for line in lines])
-
-
-def arrays(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint, by default of the newest."""
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        step = checkpoints.latest() if step is None else step
-        stored = ocp.metadata(checkpoints.folder / str(step)).metadata
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for name, a in stored.items()}
-        return jax.tree.map(np.asarray, checkpoints.restore(step, wanted))
-
-
-def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    """Whether two sets of arrays are the same in every bit."""
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a)
-
-
-def flip(path: Path) -> None:
-    """Changes one bit in the middle of a file, which Orbax loads without a word."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def kinds(folder: Path) -> list[str]:
-    return [event["kind"] for event in read(folder / "events.jsonl")]
-
 
 # The scenarios. Two at a time, as a process that starts keeps one core busy; the tests look at what came of them.
 
@@ -344,13 +207,14 @@ def became(place) -> Iterator[Callable[[Callable[[Place], Any]], Any]]:
 def test_a_run_directory_holds_what_was_promised(place, became):
     first, folder = became(golden)[0], place.runs / "golden"
     assert (first.code, first.err) == (0, "") and "Done: 24 steps" in first.out
-    names = {"run.json", "env.json", "metrics.jsonl", "events.jsonl", "tb", "checkpoints"}
+    names = {"run.json", "env.json", "lock", "metrics.jsonl", "events.jsonl", "tb", "checkpoints"}
     assert {path.name for path in folder.iterdir()} == names
     assert Checkpoints(folder / "checkpoints").steps() == [20, 24]  # the newest two
     assert next((folder / "tb").iterdir()).name.startswith("events.out.tfevents")
     assert kinds(folder) == ["start", *["save"] * 6, "finish"]
     lines = metrics(folder)
-    assert [list(line) for line in lines if "loss" in line] == [METRICS] * STEPS
+    first, *others = (list(line) for line in lines if "loss" in line)
+    assert others == [METRICS] * (STEPS - 1) and first == [*METRICS[:-1], "compiled", METRICS[-1]]
     assert [list(line) for line in lines if "loss" not in line] == [EVALUATION] * 3
     assert [line["step"] for line in lines if "loss" not in line] == [8, 16, 24]
     assert [line["tokens"] for line in lines if "loss" in line] == [256 * step for step in range(1, STEPS + 1)]
@@ -428,7 +292,9 @@ def test_a_run_on_text_measures_bits_per_byte_and_keeps_samples(place, became):
     samples = json.loads((folder / "samples" / "24.json").read_text())
     assert [sample["prompt"] for sample in samples] == ["a quick", "the lazy"] and all(s["text"] for s in samples)
     evaluations = [line for line in metrics(folder) if "eval_loss" in line]
-    assert [list(line) for line in evaluations] == [["step", "eval_loss", "bits_per_byte", "eval_targets"]] * 3
+    assert [list(line) for line in evaluations] == [
+        ["step", "eval_loss", "bits_per_byte", "eval_targets", "elapsed"]
+    ] * 3
     assert (folder / "tokenizer.json").is_file()
 
 
@@ -438,7 +304,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_step_is_saved(place, 
     assert done.code == 70, done
     assert not np.isfinite([bad["loss"], bad["grad_norm"]]).all()
     assert done.err.startswith(f"llmjax: step {bad['step']}: the loss is ") and done.err.count("\n") == 1
-    assert "so training stopped and this step was not saved: lower --optimizer.lr" in done.err
+    assert "so training stopped and this step was not saved (rows " in done.err and "--guard.policy skip" in done.err
     assert Checkpoints(folder / "checkpoints").latest() == bad["step"] - 1
     assert kinds(folder)[-1] == "fault"
 

@@ -196,7 +196,9 @@ def test_records_name_load_and_dropped_tokens_and_only_of_routed_models(tmp_path
             state = program.init(jax.random.key(0))
             batch = jax.device_put(rows(0), program.batch_sharding())
             _, metrics = program.step(state, batch)
-            Reporter(program, Ledger(Display(quiet=True), None, records), 0)(Pending(0, metrics, 0.0))
+            Reporter(program, None, Ledger(Display(quiet=True), None, records), 0, frozenset()).read(
+                Pending(0, batch, metrics, 0.0)
+            )
     [routed], [dense] = (read(tmp_path / name / "metrics.jsonl") for name in ("routed", "dense"))
     assert set(routed) - set(dense) == {"dropped", "load_max", "balance", "router_z", "load"}
     load = np.array(routed["load"])

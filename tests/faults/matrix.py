@@ -1,0 +1,41 @@
+"""What the rows of the fault matrix share: the verdict, a count of what was survived, and how a row is marked."""
+
+import collections
+import shutil
+
+import pytest
+from place import STEPS, arrays, curve, equal, metrics
+
+COUNTS: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+
+
+def count(what: str, survived: int, tried: int) -> None:
+    """Adds to the summary at the end: so many survived of so many tried."""
+    COUNTS[what][0] += survived
+    COUNTS[what][1] += tried
+
+
+PAIR = ("launch", "--processes", "2", "--devices", "2", "--logs", "logs")
+
+
+def same(folder, golden) -> None:
+    """Verdict A: every step once, each with the loss, gradient norm and evaluation of the unbroken run, bit for bit,
+    and the same weights and optimizer at the end."""
+    steps = [line["step"] for line in metrics(folder) if "loss" in line]
+    assert steps == list(range(1, STEPS + 1)), steps
+    assert curve(folder) == curve(golden)
+    assert equal(arrays(folder), arrays(golden))
+    assert all(path.name.isdecimal() for path in (folder / "checkpoints").iterdir())
+
+
+def copied(folder, name: str):
+    """A copy of a run directory, under another name."""
+    shutil.copytree(folder, folder.parent / name)
+    return folder.parent / name
+
+
+def rows(functions: dict, fast: tuple[str, ...] = ()) -> list:
+    """The rows of the matrix as parameters: those that begin with one of `fast` run always, the others in full."""
+    return [
+        pytest.param(row, marks=pytest.mark.fast if row.split()[0] in fast else pytest.mark.faults) for row in functions
+    ]
