@@ -315,7 +315,7 @@ def _replay(arguments: list[str]) -> int:
 def _launch(arguments: list[str]) -> int:
     import tyro
 
-    from llmjax.processes import launch
+    from llmjax.launch import launch
 
     @dataclasses.dataclass(frozen=True)
     class Launch:

@@ -11,11 +11,13 @@ import jax
 import pytest
 from jax.sharding import NamedSharding
 
+from llmjax import launch as launching
 from llmjax import mesh as meshes
 from llmjax import processes
 from llmjax.errors import Refused
+from llmjax.launch import exit_code, launch
 from llmjax.mesh import Axes
-from llmjax.processes import Processes, exit_code, launch, start
+from llmjax.processes import Processes, start
 from meshes import cpu8, h100x8, local, tpu7x_64, v5p_64
 
 # A process that says what it was given and then does as its first argument says: a list of exit codes, or of
@@ -41,7 +43,7 @@ def ender(tmp_path, monkeypatch):
     (tmp_path / "ender.py").write_text(textwrap.dedent(ENDER))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(processes, "GRACE", 0.5)
+    monkeypatch.setattr(launching, "GRACE", 0.5)
     return lambda actions: launch(len(actions.split(",")), 3, [actions], tmp_path / "logs", module="ender")
 
 
