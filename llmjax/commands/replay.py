@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llmjax import mesh as meshes
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints
-from llmjax.commands.train import cache_compiled_programs, open_data, read_state, skipped
+from llmjax.commands.train import cache_compiled_programs, open_data
 from llmjax.data.batches import place
 from llmjax.errors import DATA, DONE, UNEQUAL, Refused
 from llmjax.processes import Processes
@@ -22,6 +22,7 @@ from llmjax.train.finite import first_not_finite
 from llmjax.train.loop import rows_of
 from llmjax.train.program import Program, make, resolve
 from llmjax.train.records import read
+from llmjax.train.resume import read_state, skipped
 from llmjax.train.step import State
 
 

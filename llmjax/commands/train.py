@@ -1,7 +1,6 @@
 """From a Run to a trained model: set up, resume, train, evaluate, complete the prompts, sum up."""
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -21,7 +20,7 @@ import llmjax
 from llmjax import mesh as meshes
 from llmjax import names, reading, redact
 from llmjax import processes as system
-from llmjax.checkpoint.checkpoints import Checkpoints, like
+from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.checkpoint.retention import Retention
 from llmjax.commands.generate import own
 from llmjax.data.dataset import check_rows
@@ -32,15 +31,16 @@ from llmjax.notice import Notice
 from llmjax.plan import kept
 from llmjax.processes import Processes, Supervised
 from llmjax.report import goodput
-from llmjax.run import FREE, Run, differences, fingerprint, to_json
+from llmjax.run import FREE, Run, differences, to_json
 from llmjax.train import loop
 from llmjax.train.display import Display, count, duration, memory
 from llmjax.train.ledger import Heartbeat, Ledger, owned
 from llmjax.train.loop import decisive
 from llmjax.train.program import Program, bytes_per_device, fallen_back, make, resolve
 from llmjax.train.records import Records, read
+from llmjax.train.resume import restore, skipped
 from llmjax.train.spent import Spent
-from llmjax.train.step import State, watch
+from llmjax.train.step import State
 
 
 def train(
@@ -155,17 +155,6 @@ def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, s
             )
 
 
-def skipped(run: Run, folder: Path | None) -> set[int]:
-    """The steps, counted from 1, whose batches are left out: the run's own and those that a folder's events tell."""
-    found = set(run.guard.skip)
-    for event in read(folder / "events.jsonl") if folder else ():
-        if event["kind"] == "skip":
-            found.add(event["step"])
-        if event["kind"] == "rewind":
-            found.update(range(event["step"], event["step"] + event["window"]))
-    return found
-
-
 def stopping(notice: Notice | None) -> Callable[[], bool]:
     """The question "shall we stop here?", answered alike on all processes, which all ask it at the same points.
 
@@ -263,63 +252,6 @@ def open_data(program: Program, display: Display, first: bool):
             DATA,
         )
     return dataset
-
-
-def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
-    """The state to go on from, and the number of steps it has done."""
-    step = ledger.checkpoints.newest_verified()
-    if step is None:
-        if ledger.records:
-            if read(program.run.folder() / "metrics.jsonl"):
-                ledger.display.say(f"{program.run.folder()} has no checkpoint yet: starting again from step 0.")
-            redo(ledger, 0)
-        return program.init(jax.random.key(program.run.seed)), 0
-    facts = ledger.checkpoints.facts(step)
-    if facts.get("data") not in (None, dataset.fingerprint):
-        raise Refused(
-            f"checkpoint {step} of {program.run.folder()} was trained on other data than this (the corpus or its "
-            f"tokenizer changed): bring the old data back, or start afresh with another --name.",
-            DATA,
-        )
-    if facts.get("config") not in (None, fingerprint(program.run)):
-        fields = ", ".join(differences(facts.get("run", {}), decisive(program.run))) if "run" in facts else ""
-        raise Refused(
-            f"checkpoint {step} of {program.run.folder()} was written by a run of another config than its run.json "
-            f"says{f', which differs in {fields}' if fields else ''}: continue it where it was written, or start "
-            f"afresh with another --name.",
-            DATA,
-        )
-    workers, data = facts.get("mesh", {}).get("data"), program.mesh.shape["data"]
-    if program.run.local.every and workers not in (None, data):
-        raise Refused(
-            f"axes.data is {data}, but checkpoint {step} of {program.run.folder()} has {workers} workers of local SGD: "
-            f"continue with --axes.data {workers}, or start afresh with another --name."
-        )
-    state = read_state(program, ledger.checkpoints, step)
-    if ledger.records:
-        redo(ledger, step, program.run.steps)
-    ledger.display.say(f"Continuing {program.run.folder()} from step {step:,}.")
-    return state, step
-
-
-def read_state(program: Program, checkpoints: Checkpoints, step: int) -> State:
-    """The state of a checkpoint on the program's mesh; one that an older version wrote has seen nothing yet."""
-    wanted = program.abstract_state()
-    if not checkpoints.facts(step).get("watched"):
-        wanted = dataclasses.replace(wanted, watch=None)
-    state = checkpoints.restore(step, like(wanted, program.mesh))
-    if state.watch is None and not program.run.local.every:
-        state = dataclasses.replace(state, watch=jax.jit(watch)())
-    return state
-
-
-def redo(ledger: Ledger, step: int, end: int | None = None) -> None:
-    """Takes back what the records say of the steps that will be done again."""
-    dropped = [line for line in ledger.records.rewind(step, end) if "step_ms" in line and "compiled" not in line]
-    if dropped:
-        seconds = sum(line["step_ms"] - min(line["data_wait_ms"], line["step_ms"]) for line in dropped) / 1e3
-        until = max(line.get("elapsed", 0) for line in dropped)  # in the clock of the process that did them
-        ledger.event("redo", steps=len(dropped), seconds=seconds, until=until)
 
 
 def header(program: Program, state: State, dataset, start: int, display: Display) -> None:

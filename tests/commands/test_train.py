@@ -39,11 +39,11 @@ from llmjax import cli
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.checkpoint.checkpoints import Checkpoints, like, named
-from llmjax.commands.train import restore
 from llmjax.errors import Refused
 from llmjax.mesh import Axes
 from llmjax.run import fingerprint
 from llmjax.train.program import make
+from llmjax.train.resume import restore
 
 # The scenarios. Two at a time, as a process that starts keeps one core busy; the tests look at what came of them.
 
