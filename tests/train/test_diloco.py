@@ -17,7 +17,6 @@ from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.checkpoint.checkpoints import Checkpoints, like, named
 from llmjax.checks import check
-from llmjax.commands.train import restore
 from llmjax.data.dataset import Synthetic
 from llmjax.errors import Refused
 from llmjax.mesh import Axes
@@ -31,6 +30,7 @@ from llmjax.train import diloco
 from llmjax.train import step as steps
 from llmjax.train.loss import NextToken
 from llmjax.train.program import Program, bytes_per_device, make
+from llmjax.train.resume import restore
 from meshes import chips, cpu8
 
 TINY = Run(
