@@ -95,6 +95,12 @@ def _check_local(run: Run, axes: Axes) -> None:
             f"local.every is {local.every}, but {type(run.loss).__name__} counts loads over all workers: "
             f"use NextToken, or 0 for synchronous training."
         )
+    if run.guard.policy == "rewind" or run.guard.sigmas:
+        field = "policy" if run.guard.policy == "rewind" else "sigmas"
+        raise Refused(
+            f"guard.{field} is {getattr(run.guard, field)}, but local.every is {local.every}: workers of local SGD judge "
+            f"their steps each for itself, so use abort or skip, and sigmas 0."
+        )
     most = min(local.every, layers)
     if not 0 < local.lr < math.inf:
         raise Refused(f"local.lr is {local.lr}: give a positive number.")
