@@ -98,8 +98,8 @@ def _check_local(run: Run, axes: Axes) -> None:
     if run.guard.policy == "rewind" or run.guard.sigmas:
         field = "policy" if run.guard.policy == "rewind" else "sigmas"
         raise Refused(
-            f"guard.{field} is {getattr(run.guard, field)}, but local.every is {local.every}: workers of local SGD judge "
-            f"their steps each for itself, so use abort or skip, and sigmas 0."
+            f"guard.{field} is {getattr(run.guard, field)}, but local.every is {local.every}: workers of local SGD "
+            f"judge their steps each for itself, so use abort or skip, and sigmas 0."
         )
     most = min(local.every, layers)
     if not 0 < local.lr < math.inf:

@@ -124,6 +124,8 @@ class Run:
     "Checkpoints of a step that is a multiple of this are kept as well; 0: none for that reason."
     keep_best: int = 0
     "So many with the lowest held-out loss are kept as well, of those saved at a step with an evaluation."
+    accept_data: bool = False
+    "Go on although the data is another than the checkpoint was trained on; the events say so."
     prompts: tuple[str, ...] = ()
     "Texts to complete when training ends."
     name: str = ""
@@ -139,7 +141,7 @@ class Run:
 # What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
 FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumulate", "remat", "guard", "eval_every",
                   "eval_rows", "save_every", "save_minutes", "keep", "keep_every", "keep_best", "prompts",
-                  "runs"})  # fmt: skip
+                  "accept_data", "runs"})  # fmt: skip
 
 
 def fingerprint(run: Run) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llmjax import redact
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.errors import IO, Refused
 from llmjax.train.display import Display
@@ -63,7 +64,7 @@ class Ledger:
         if self.records:
             path = self.records.folder / "faults" / f"{facts['step']}.json"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(redact.tree(facts), indent=1) + "\n", encoding="utf-8")
 
     def evaluated(self, step: int) -> bool:
         """Whether the records, where there are any, have an evaluation after so many steps."""

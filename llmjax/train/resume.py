@@ -26,11 +26,14 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
         return program.init(jax.random.key(program.run.seed)), 0
     facts = ledger.checkpoints.facts(step)
     if facts.get("data") not in (None, dataset.fingerprint):
-        raise Refused(
-            f"checkpoint {step} of {program.run.folder()} was trained on other data than this (the corpus or its "
-            f"tokenizer changed): bring the old data back, or start afresh with another --name.",
-            DATA,
-        )
+        if not program.run.accept_data:
+            raise Refused(
+                f"checkpoint {step} of {program.run.folder()} was trained on other data than this (the corpus or its "
+                f"tokenizer changed): bring the old data back, start afresh with another --name, or go on with this "
+                f"data and --accept-data.",
+                DATA,
+            )
+        ledger.event("data_replaced", step=step, before=facts["data"], after=dataset.fingerprint)
     if facts.get("config") not in (None, fingerprint(program.run)):
         fields = ", ".join(differences(facts.get("run", {}), decisive(program.run))) if "run" in facts else ""
         raise Refused(

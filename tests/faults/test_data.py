@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,22 @@ def test_B2_and_B3_a_run_refuses_a_flipped_store_and_other_data_of_the_same_leng
     code, err = ended(started(place_, compiled, *more))
     assert code == DATA and "was trained on other data" in sentence(err)
     assert lines(place_, "it") == before
+
+
+@pytest.mark.faults
+def test_B3_other_data_is_gone_on_with_when_a_person_says_so_and_recorded(place_, compiled):
+    words = ("train", "texts.py", "--steps", "8", "--save-every", "4", "--name", "accepted")
+    assert ended(started(place_, compiled, *words))[0] == 0
+    folder = place_ / "runs" / "accepted"
+    shutil.rmtree(folder / "checkpoints" / "8")
+    events = [line for line in (folder / "events.jsonl").read_text().splitlines() if '"finish"' not in line]
+    (folder / "events.jsonl").write_text("\n".join(events) + "\n")
+    write_corpus(place_ / "corpus", word="dog")
+    code, err = ended(started(place_, compiled, *words))
+    assert code == DATA and "--accept-data" in sentence(err)
+    assert ended(started(place_, compiled, *words, "--accept-data"))[0] == 0
+    replaced = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines() if "replaced" in line]
+    assert [event["step"] for event in replaced] == [4] and replaced[0]["before"] != replaced[0]["after"]
 
 
 def batch_of(dataset, step: int):
