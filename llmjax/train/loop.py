@@ -74,8 +74,9 @@ def steps(
     report, done = Reporter(program, dataset, ledger, start, left_out), start
     clock = Timed(60 * run.save_minutes, start)
     with contextlib.closing(prefetch(batch_of, start, run.steps)) as batches, ledger.display.progress(start, run.steps):
-        if start and evaluates(run, start) and not processes.share(ledger.evaluated(start)):
-            evaluate(program, state, dataset, ledger, start, rows=run.eval_rows, stop=stop)
+        missed = start and evaluates(run, start) and not processes.share(ledger.evaluated(start))
+        if missed and evaluate(program, state, dataset, ledger, start, rows=run.eval_rows, stop=stop) is None:
+            return state, start
         for step, batch, waited_ms in batches:
             if batch is None:
                 state = program.pass_over(report.settle(state))
@@ -86,14 +87,14 @@ def steps(
             saves = due(done, run.save_every)
             if saves or evaluates(run, done) or clock.looks(done) or done == run.steps:
                 state = report.settle(state)
+            if due(done, run.guard.replicas):  # before what is wrong could be saved
+                corruption.replicas(state.model, program.mesh)
             evaluated = {}
             if evaluates(run, done):
                 evaluated = evaluate(program, state, dataset, ledger, done, rows=run.eval_rows, stop=stop)
             if (clock.due(done) or saves) and done < run.steps:
                 clock.saved(done)
                 save(program, state, done, dataset, ledger, evaluated or {})
-            if run.guard.replicas and done % run.guard.replicas == 0:
-                corruption.replicas(state.model, program.mesh)
             if stop():
                 break
         state = report.settle(state)

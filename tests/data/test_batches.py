@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from llmjax.data.batches import order, place, prefetch
 from llmjax.data.dataset import ArrayDataset, Synthetic
-from llmjax.processes import launch
+from llmjax.launch import launch
 
 
 def sharding_on(**axes):
