@@ -219,6 +219,8 @@ class Checkpoints:
             raise
         if together and not processes.every(True):
             self._good.discard(step)
+            if jax.process_index() == 0:
+                files.abandon(self.folder, step)
             raise Refused(f"checkpoint {step} could not be written by another process: see its output.", IO)
         if reason is not None:
             self.say(f"Checkpoint {self.folder / str(step)} is not what was written: {reason}. Look at this disk.")

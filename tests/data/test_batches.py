@@ -142,6 +142,15 @@ def test_prefetch_gives_every_step_in_order():
     assert list(prefetch(lambda step: step, 5, 5)) == []
 
 
+def test_b4_how_far_ahead_batches_are_made_changes_none_of_them():
+    def made(depth, start):
+        return [
+            batch for _, batch, _ in prefetch(lambda s: order(s, batch=4, size=16, seed=1).tolist(), start, 9, depth)
+        ]
+
+    assert made(1, 0) == made(2, 0) == made(4, 0) and all(made(depth, 5) == made(2, 0)[5:] for depth in (1, 2, 4))
+
+
 def test_prefetch_works_ahead_by_its_depth_and_no_more():
     made, third = [], threading.Event()
 

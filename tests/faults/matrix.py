@@ -1,7 +1,9 @@
 """What the rows of the fault matrix share: the verdict, a count of what was survived, and how a row is marked."""
 
 import collections
+import contextlib
 import shutil
+from collections.abc import Iterator
 
 import pytest
 from place import STEPS, arrays, curve, equal, metrics
@@ -9,10 +11,12 @@ from place import STEPS, arrays, curve, equal, metrics
 COUNTS: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
 
-def count(what: str, survived: int, tried: int) -> None:
-    """Adds to the summary at the end: so many survived of so many tried."""
-    COUNTS[what][0] += survived
+@contextlib.contextmanager
+def counted(what: str, tried: int) -> Iterator[None]:
+    """Adds to the summary at the end: so many tried, and as many survived if no assertion in the context fails."""
     COUNTS[what][1] += tried
+    yield
+    COUNTS[what][0] += tried
 
 
 PAIR = ("launch", "--processes", "2", "--devices", "2", "--logs", "logs")

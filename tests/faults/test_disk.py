@@ -54,7 +54,7 @@ def full_for_a_while(place, golden):
             fill(folder, 150_000)
             while process.poll() is None and "save_failed" not in kinds(folder):
                 time.sleep(0.01)
-            assert before.items() <= content(folder / "checkpoints" / "4").items() | before.items()
+            assert content(folder / "checkpoints" / "4") == before
             assert Checkpoints(folder / "checkpoints").newest_verified() == 4
             (folder / "filler").unlink()
             done = ended(process)
@@ -85,7 +85,7 @@ def read_only(place, golden):
         began = time.monotonic()
         refused = place.run(*command("D3"))
         assert refused.code in (2, 74) and refused.err.count("\n") == 1 and "runs/D3" in refused.err
-        assert "step 1" not in refused.out and time.monotonic() - began < 20  # an import takes two seconds
+        assert "step 1" not in refused.out and time.monotonic() - began < 10  # an import takes two seconds
 
 
 def slow(place, golden):

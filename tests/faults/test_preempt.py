@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from matrix import PAIR, count, rows, same
+from matrix import PAIR, counted, rows, same
 from place import FOUR, Place, ended, kinds, metrics
 
 from llmjax.checkpoint.checkpoints import Checkpoints
@@ -68,6 +68,7 @@ def during_a_save(place, golden):
     to_its_end(place, "P2", golden)
 
 
+@counted("kills survived", 1)
 def killed_within_its_grace(place, golden):
     folder = place.runs / "P3"
     with place.started(*command("P3"), patch=SLOW_SAVES.format(seconds=3)) as process:
@@ -78,7 +79,6 @@ def killed_within_its_grace(place, golden):
         process.kill()
         ended(process)
     to_its_end(place, "P3", golden)
-    count("kills survived", 1, 1)
 
 
 def ctrl_c_twice(place, golden):

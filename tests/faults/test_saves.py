@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from matrix import PAIR, count, rows, same
+from matrix import PAIR, counted, rows, same
 from place import FOUR, content, metrics
 
 from llmjax.checkpoint.checkpoints import Checkpoints
@@ -87,6 +87,7 @@ def command(name, *more):
 
 
 def killed_at(stage):
+    @counted("kills survived", 1)
     def row(place, golden):
         name = f"{stage[:2]}_{list(STAGES).index(stage)}"
         died = place.run(*command(name), patch=DIE + f"NAME = {name!r}\n" + STAGES[stage])
@@ -100,7 +101,6 @@ def killed_at(stage):
         assert f"Continuing runs/{name} from step {12 if stage[:2] in ('S7', 'S8') else 8}." in done.out
         same(folder, golden)
         assert Checkpoints(folder / "checkpoints").steps() == [20, 24]
-        count("kills survived", 1, 1)
 
     return row
 
@@ -124,11 +124,11 @@ def killed_again_and_again(place, name, seed, kills, words, patch, victim):
 
 
 def chain(seed):
+    @counted("kills survived", KILLS)
     def row(place, golden):
         name = f"S9_{seed}"
         slow = "import time\n" + SLOW
         same(killed_again_and_again(place, name, seed, KILLS, command(name), slow, lambda pid, _: pid), golden)
-        count("kills survived", KILLS, KILLS)
 
     return row
 
@@ -139,6 +139,7 @@ def one_of_two(pid, draw):
     return int(draw.choice(children)) if len(children) == 2 else pid
 
 
+@counted("kills survived", 6)
 def restoring(place, golden):
     """A second kill, at three points of the restore that follows the first."""
     for number, point in enumerate(("verify", "facts", "restore")):
@@ -158,7 +159,6 @@ checkpoints.Checkpoints.{point} = lambda *a, **k: (call(*a, **k), die())
         done = place.run(*command(name))
         assert (done.code, done.err) == (0, "")
         same(place.runs / name, golden)
-        count("kills survived", 2, 2)
 
 
 ROWS = {stage: killed_at(stage) for stage in STAGES}
@@ -176,5 +176,5 @@ def test_a_killed_run_ends_as_an_unbroken_one(row, outcome):
 def test_s9_a_run_of_which_one_of_two_processes_is_killed_ends_as_an_unbroken_one(seed, place, golden_pair):
     name = f"S9_pair_{seed}"
     words = (*PAIR[:-1], f"logs_{name}", "train", "synthetic.py", "--name", name)
-    same(killed_again_and_again(place, name, seed, KILLS, words, "", one_of_two), golden_pair)
-    count("kills of one of two processes survived", KILLS, KILLS)
+    with counted("kills of one of two processes survived", KILLS):
+        same(killed_again_and_again(place, name, seed, KILLS, words, "", one_of_two), golden_pair)
