@@ -5,6 +5,7 @@ dataclass field with `metadata={"secret": True}` holds. Each is written as ***.
 """
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ def urls(text: str) -> str:
 def text(given: str) -> str:
     """The text without anything secret that this process knows of."""
     given = urls(given)
-    for value in sorted(_known | _environment(), key=len, reverse=True):
+    known = {form for value in _known | _environment() for form in _forms(value)}
+    for value in sorted(known, key=len, reverse=True):
         given = given.replace(value, HIDDEN)
     return given
 
@@ -84,6 +86,11 @@ class Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def _forms(value: str) -> set[str]:
+    """A secret as it is, and as Python and JSON show it where it has line ends, quotes or letters beyond ASCII."""
+    return {value, repr(value)[1:-1], json.dumps(value)[1:-1]}
 
 
 def _environment() -> set[str]:
