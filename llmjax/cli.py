@@ -166,7 +166,7 @@ def parse(default: Asked, arguments: list[str], program: str, description: str |
         asked = tyro.cli(
             type(default),
             args=arguments,
-            default=default,
+            default=redact.masked(default) if {"-h", "--help"} & set(arguments) else default,
             prog=f"llmjax {program}",
             description=description,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed),  # what has no form as text is not shown

@@ -48,6 +48,17 @@ def tree(value: Any) -> Any:
     return text(value) if isinstance(value, str) else value
 
 
+def masked(value: Any) -> Any:
+    """A dataclass without secrets in its texts, to be shown and not used: in columns `text` finds only whole ones."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        held = {field: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        new = {f.name: HIDDEN if is_secret(f) and isinstance(x, str) and x else masked(x) for f, x in held.items()}
+        return dataclasses.replace(value, **new)
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(map(masked, value))
+    return text(value) if isinstance(value, str) else value
+
+
 def hide(value: Any) -> None:
     """From now on nothing that this dataclass holds as a secret is in a `text`."""
     _known.update(found for found in _secrets(value) if len(found) >= _SHORT_NAMED)
