@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import types
+import typing
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -189,6 +190,11 @@ def from_json(value: Any) -> Any:
             f"run.json has fields that {cls.__name__} lacks ({', '.join(unknown)}): it was written by another version.",
             DATA,
         )
+    for name, hint in _hints(cls).items():
+        if name in fields and not _is_a(hint, fields[name]):
+            raise Refused(
+                f"run.json has {fields[name]!r:.60} for {cls.__name__}.{name}, which is none: restore the file.", DATA
+            )
     try:
         return cls(**fields)
     except TypeError as error:  # a field without a default is missing
@@ -207,8 +213,11 @@ def read(path: Path) -> Run:
         raise Refused(f"{path} cannot be read ({error.strerror}): give the run.json of a run directory.") from error
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise Refused(f"{path} is not JSON ({error}): restore the file.", DATA) from error
-    if not isinstance(run, Run) or not isinstance(run.name, str) or not isinstance(run.runs, str):
+    if not isinstance(run, Run):
         raise Refused(f"{path} does not hold a run: give the run.json of a run directory.", DATA)
+    for name in ("model", "data", "optimizer", "loss"):
+        if not (dataclasses.is_dataclass(getattr(run, name)) or callable(getattr(run, name))):
+            raise Refused(f"{path} has {getattr(run, name)!r:.60} for {name}: restore the file.", DATA)
     return run
 
 
@@ -244,6 +253,36 @@ def _written(value: Any, clean: Callable[[str], str]) -> Any:
     if isinstance(value, (int, float, bool, type(None))):
         return value
     raise Refused(f"a run holds {value!r}, which cannot be written to run.json: use dataclasses, numbers and strings.")
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields; none where one is of a name that only type checkers import."""
+    try:
+        return typing.get_type_hints(cls)
+    except (NameError, AttributeError, TypeError):
+        return {}
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Whether a value that came from JSON may be of this type; what cannot be told may be."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(one, value) for one in inner)
+    if origin is typing.Annotated:
+        return _is_a(inner[0], value)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple and isinstance(value, tuple):
+        return all(_is_a(inner[0], one) for one in value) if inner[-1] is ... else len(value) == len(inner)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    kind = origin or hint
+    plain = isinstance(kind, type) and (
+        kind in (bool, str, dict, tuple, types.NoneType) or dataclasses.is_dataclass(kind)
+    )
+    return isinstance(value, kind) if plain else True
 
 
 def _fits(pattern: Any, value: Any) -> bool:

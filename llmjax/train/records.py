@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmjax import redact
+from llmjax import reading, redact
+from llmjax.errors import DATA, Refused
 
 
 class Records:
@@ -81,11 +82,28 @@ class Records:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file; none if there is no file, and a last line cut short is left out."""
+    """The whole lines of a .jsonl file; none if there is no file, and a last line cut short is left out.
+
+    Raises:
+      Refused: a line before the last is not what a run writes.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    found = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        if text:
+            try:
+                found.append(_line(text, *(("kind", str) if path.name == "events.jsonl" else ("step", int))))
+            except ValueError as error:
+                raise Refused(f"{path}, line {number}, is damaged ({error}): take that line out.", DATA) from error
+    return found
+
+
+def _line(text: bytes, name: str, kind: type) -> dict[str, Any]:
+    line = reading.parsed(text)
+    if not isinstance(line, dict) or not isinstance(line.get(name), kind):
+        raise ValueError(f"it has no {name}")
+    return line
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from llmjax.models.llama import Llama
 from llmjax.optim.adamw import AdamW
 from llmjax.run import Run, differences, from_json, to_json
 from llmjax.train.loss import NextToken
+from llmjax.train.records import read as read_records
 from meshes import local
 
 ROOT = Path(llmjax.__path__[0])
@@ -172,6 +173,36 @@ def test_F1_deep_torn_and_foreign_json_is_refused(tmp_path, text):
         assert refused.value.code == DATA and len(str(refused.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("steps", "x"), ("steps", True), ("sequence", None), ("batch", {"a": 1}), ("prompts", 3), ("prompts", [1]),
+     ("dtype", "q"), ("model", 3), ("optimizer", None), ("data", []), ("loss", "x"), ("mesh", None), ("clip", "1"),
+     ("layout", {"is": "llmjax.run:Guard"}), ("guard", {"skip": [1]}), ("model.layers", "x"), ("mesh.chips", 1.5)],
+)  # fmt: skip
+def test_F1_a_run_json_with_values_of_other_types_is_refused_and_names_the_field(tmp_path, path, value):
+    written = inner = json.loads(json.dumps(to_json(RUN)))
+    *outer, last = path.split(".")
+    for name in outer:
+        inner = inner[name]
+    inner[last] = value
+    (tmp_path / "run.json").write_text(json.dumps(written))
+    with pytest.raises(Refused, match=f"run.json has .* for .*{last}.*: restore the file") as refused:
+        runs.read(tmp_path / "run.json")
+    assert refused.value.code == DATA
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"{}", b"[]", b"\xff", b'{"step": "1", "kind": 1}', b'{"step"'])
+def test_F1_records_that_are_none_are_refused_by_file_and_line(tmp_path, name, line):
+    whole = b'{"kind": "save", "step": 1}\n'
+    (tmp_path / name).write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(Refused, match=f"{name}, line 2, is damaged") as refused:
+        read_records(tmp_path / name)
+    assert refused.value.code == DATA
+    (tmp_path / name).write_bytes(whole + line)
+    assert read_records(tmp_path / name) == [{"kind": "save", "step": 1}]
+
+
 def test_F1_a_file_larger_than_any_a_pipe_and_a_link_are_not_read(tmp_path):
     with (tmp_path / "run.json").open("wb") as file:
         file.truncate(10**13)  # a hole, which takes no room
@@ -311,6 +342,15 @@ def test_F3_no_secret_is_in_a_traceback_a_refusal_or_the_help(trained, how):
     assert done.returncode == {"traceback": 1, "refusal": DATA, "usage": 0}[how], done.stderr
     assert not hits(done.stdout + done.stderr) and "***" in done.stdout + done.stderr
     assert how != "traceback" or "RuntimeError: https://***@host/x?token=***#broken said no to ***" in done.stderr
+
+
+def test_F3_no_part_of_a_long_secret_is_in_the_columns_of_a_help(tmp_path):
+    key, password = "sk-" + "abcdefghij" * 15, "hunter2" * 12
+    experiment = EXPERIMENT.format(password=password, token=TOKEN, secret=key)
+    (tmp_path / "remote.py").write_text(experiment.replace("heldout=0.2,", f"heldout=0.2, key={key!r},"))
+    done = command(tmp_path, "train", "remote.py", "--help", COLUMNS="60", MY_API_KEY=key)
+    assert done.returncode == 0 and "--data.key" in done.stdout and "***" in done.stdout
+    assert not any(part in done.stdout for part in ("abcde", "hunter", "unter2h", TOKEN[:6]))
 
 
 def test_F3_the_fingerprint_of_a_run_depends_on_no_secret_and_not_on_the_environment(monkeypatch):
