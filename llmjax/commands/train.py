@@ -328,7 +328,8 @@ def summary(program: Program, facts: dict[str, float], dataset, folder: Path, di
     if step and speed:
         took = run.batch * run.sequence / sorted(speed)[len(speed) // 2]
         display.say(f"Planned {1e3 * step:,.1f} ms/step, measured {1e3 * took:,.1f}: {100 * (step / took - 1):+.0f}%.")
-    display.say(goodput.line(goodput.of(read(folder / "events.jsonl"), read(folder / "metrics.jsonl"))))
+    with contextlib.suppress(Refused):  # begun by a version that kept no time
+        display.say(goodput.line(goodput.of(read(folder / "events.jsonl"), read(folder / "metrics.jsonl"))))
     display.say(next_steps(run))
 
 

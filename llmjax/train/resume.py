@@ -42,7 +42,8 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
             f"afresh with another --name.",
             DATA,
         )
-    workers, data = facts.get("mesh", {}).get("data"), program.mesh.shape["data"]
+    before = facts.get("mesh")
+    workers, data = before.get("data") if isinstance(before, dict) else None, program.mesh.shape["data"]
     if program.run.local.every and workers not in (None, data):
         raise Refused(
             f"axes.data is {data}, but checkpoint {step} of {program.run.folder()} has {workers} workers of local SGD: "
