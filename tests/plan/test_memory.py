@@ -32,9 +32,9 @@ from llmjax.train.routed import RoutedNextToken
 from meshes import chips
 
 NEAR = 0.1
-# A step that may leave everything as it was, as every step may, is scheduled by XLA's CPU backend with more alive at
-# once in some programs, which is not predicted. On TPUs it takes not a byte more.
-ROUGHLY = dict(context=0.15, unrolled=0.25)
+# An update that may not happen is scheduled by XLA's CPU backend with more alive at once where the layers are unrolled,
+# which is not predicted. On TPUs it takes not a byte more.
+ROUGHLY = dict(unrolled=0.25)
 SMALL = Llama(vocab=4096, layers=4, width=512, heads=8, kv_heads=4, head_dim=64, ff=1536)
 ROUTED = Mixtral(
     vocab=4096, layers=4, width=256, heads=4, kv_heads=4, head_dim=64, ff=704, experts=8, top_k=2, capacity=1.25

@@ -107,11 +107,16 @@ def crossing(program: jax.stages.Compiled, run: Run) -> list[tuple[str, str, flo
     return [(x.computation, a.dtype, x.count * x.sent * a.bytes / x.bytes) for x in found for a in x.arrays]
 
 
-def branches(program: jax.stages.Compiled) -> list[str]:
-    """The computations that the conditional chooses among: no exchange, each fragment, and all of them if several."""
-    hlo = program.as_text()
-    [names] = re.findall(r"branch_computations=\{(.*?)\}", hlo) or re.findall(r"(true_computation=.*)", hlo)
-    return re.findall(r"%([\w.]+)", names)
+def branches(program: jax.stages.Compiled, run: Run) -> list[str]:
+    """The computations to choose among after a step: no exchange, each fragment, and all of them if several.
+
+    The step has another choice, whether to take the update, which joins no workers.
+    """
+    found = re.findall(r"(?:branch_computations=\{(.*?)\}|(true_computation=.*))", program.as_text())
+    choices = [re.findall(r"%([\w.]+)", "".join(names)) for names in found]
+    joining = {computation for computation, *_ in crossing(program, run)}
+    [exchanges] = [names for names in choices if joining & set(names)]
+    return exchanges
 
 
 def held(run: Run) -> int:
@@ -121,7 +126,7 @@ def held(run: Run) -> int:
 
 def test_between_exchanges_nothing_crosses_data_and_an_exchange_sends_the_parameters_once():
     found = crossing(compiled(EVERY_4), EVERY_4)
-    none, exchange = branches(compiled(EVERY_4))
+    none, exchange = branches(compiled(EVERY_4), EVERY_4)
     assert {computation for computation, *_ in found} == {exchange} != {none}
     assert {dtype for _, dtype, _ in found} == {"f32"}
     assert sum(sent for *_, sent in found) == held(EVERY_4)  # 2 (W - 1) / W of it, with two workers
@@ -151,10 +156,10 @@ def test_compressed_changes_are_a_half_and_a_quarter_of_the_bytes(axes):
 
 def test_an_exchange_sends_the_fragment_that_is_due_and_each_once_in_every_steps():
     run = STREAMED
-    none, *parts, everything = branches(compiled(run))
+    none, *parts, everything = branches(compiled(run), run)
     sent = {
         name: sum(size for at, _, size in crossing(compiled(run), run) if at == name)
-        for name in branches(compiled(run))
+        for name in branches(compiled(run), run)
     }
     assert sent[none] == 0 and sent[everything] == held(run) == sum(sent[part] for part in parts)
     assert max(sent[part] for part in parts) < 0.6 * held(run)
