@@ -89,7 +89,12 @@ def _sessions(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str
         start, last = events[first], number == len(starts) - 1
         mine = events[first : None if last else starts[number + 1]]
         # What the next process takes back, and what a supervisor adds, is written before the next start.
-        taken_back = [event for event in mine if event["kind"] == "redo" and event["elapsed"] < event["until"]]
+        # What this process takes back itself it writes right after it says that it goes back.
+        taken_back = [
+            event
+            for before, event in itertools.pairwise(mine)
+            if event["kind"] == "redo" and (before["kind"] != "rewind" or event["elapsed"] < event["until"])
+        ]
         own = [e for e in mine if e["kind"] in ("start", "save", "spent", "finish", "stop", "fault", "skip", "rewind")]
         spent = next((_seconds(event) for event in reversed(own) if event["kind"] == "spent"), {})
         told = sum(spent.values())

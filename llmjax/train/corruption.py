@@ -74,29 +74,44 @@ def _gathered(table: jax.Array) -> Any:
 
 
 def repeat(step: Callable, state: Any, batch: Any, *, number: int) -> tuple[Any, dict[str, jax.Array]]:
-    """`step(state, batch)`, the step of this number, taken twice from equal copies of the state, and compared.
+    """`step(state, batch)`, the step of this number, taken twice from equal copies of the state, and compared;
+    every process calls it.
 
-    It needs room for three states.
+    What is returned is one of the two that were compared. Every device is compared with itself, as one that alone
+    holds a wrong copy shows in no other. It needs room for another state.
 
     Raises:
-      Refused: the two gave different results; a third one tells whether it lasts.
+      Refused: the two gave different results, naming the leaves and devices; a third one tells whether it lasts.
     """
-    results = [_digests(step(_copy(state), batch)) for _ in range(2)]
-    if results[0] != results[1]:
-        third = _digests(step(_copy(state), batch))
-        differ = [name for name in third if len({result[name] for result in (*results, third)}) > 1]
-        kind = "transient: the third agrees with one of them" if third in results else "persistent: no two agree"
-        raise Refused(
-            f"step {number}, taken twice from one state, gave different results in {', '.join(differ[:4])}"
-            f"{' and others' if len(differ) > 4 else ''} ({kind}): a device computes wrongly, so run the same command "
-            "to continue from the last checkpoint, on other devices if it comes back.",
-            NON_FINITE,
-        )
-    return step(state, batch)
+    names, first = _held(step(_copy(state), batch))
+    result = step(_copy(state), batch)
+    second = _held(result)[1]
+    if (first == second).all():
+        return result
+    del result  # before a third one takes its place
+    third = _held(step(_copy(state), batch))[1]
+    agree = (third == first).all() or (third == second).all()
+    wrong = (first != second) | (first != third)  # [devices, leaves]
+    differ = [name for name, any_device in zip(names, wrong.any(axis=0), strict=True) if any_device]
+    devices = jax.sharding.get_mesh().devices.ravel()
+    kind = "transient: the third agrees with one of them" if agree else "persistent: no two agree"
+    on = [
+        f"device {d.id} of process {d.process_index}" for d, bad in zip(devices, wrong.any(axis=1), strict=True) if bad
+    ]
+    raise Refused(
+        f"step {number}, taken twice from one state, gave different results in {', '.join(differ[:4])}"
+        f"{' and others' if len(differ) > 4 else ''} on {', '.join(on) if len(on) < len(devices) else 'all devices'} "
+        f"({kind}): a device computes wrongly, so run the same command to continue from the last checkpoint, on other "
+        "devices if it comes back.",
+        NON_FINITE,
+    )
 
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
-def _digests(results: tuple[Any, Any]) -> dict[str, str]:
-    return digest.text(jax.jit(digest.digest)(dict(zip(("state", "metrics"), results, strict=True))))
+def _held(results: tuple[Any, Any]) -> tuple[list[str], np.ndarray]:
+    """The names of all leaves, and uint32 [devices, leaves]: the digest of what every device holds of each."""
+    leaves = named(dict(zip(("state", "metrics"), results, strict=True)))
+    table = np.asarray(_gathered(jax.jit(_per_device)(leaves)))
+    return list(leaves), table.reshape(-1, len(leaves))

@@ -53,6 +53,33 @@ def test_g1_two_kills_at_known_steps_give_the_goodput_and_the_lost_steps_of_the_
     assert line(found).startswith("Goodput 21.8%; 57.3% between two starts, 7.1% compiling")
 
 
+def test_g1_a_restart_that_takes_longer_than_the_killed_process_lived_changes_no_kept_step():
+    slow = [dict(event) for event in TWICE_KILLED]
+    slow[3] |= dict(elapsed=40.0)  # the killed one lived 25.5 s
+    slow[4] = start(1000.0 + 25.5 + 60, 10, 45.0)
+    slow[5] = spent(70.0, start=3.0, restore=42.0, compile=5.0, steps=18.0, save=2.0)
+    slow[6] |= dict(until=74.0)
+    slow[7] |= dict(process_began=1000.0 + 25.5 + 60 + 74.2 + 60)
+    found = of(slow, [])
+    assert found.buckets["steps"] == pytest.approx(9 + 18 + 19, rel=0.01)
+    assert found.buckets["lost"] == pytest.approx(7 + 4, rel=0.01)
+    assert found.buckets["restart"] == pytest.approx(120, rel=0.01)
+
+
+def test_what_a_process_takes_back_itself_is_counted_once():
+    found = of(
+        [
+            start(0.0, 0),
+            spent(20.0, start=3.0, compile=5.0, steps=12.0),
+            dict(kind="rewind", time=0, elapsed=20.5, step=13, window=1),
+            redo(4, 4.0, 20.0, 21.0),
+            spent(31.0, start=3.0, compile=5.0, restore=1.0, steps=22.0),
+        ],
+        [],
+    )
+    assert found.buckets["steps"] == 18 and found.buckets["lost"] == 4 and found.wall == 31
+
+
 @pytest.mark.parametrize("leap", [-86_400.0, 10 * 365 * 86_400.0])
 def test_c1_a_clock_that_leaps_between_two_runs_makes_no_time_negative(leap):
     moved = [e | dict(process_began=e["process_began"] + leap * (i > 4)) if e["kind"] == "start" else e

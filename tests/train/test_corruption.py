@@ -75,7 +75,10 @@ class Failing:
 @pytest.mark.parametrize(("bad", "kind"), [({2}, "transient"), ({1}, "transient"), ({1, 2, 3}, "persistent")])
 def test_x2_a_step_that_gives_two_results_is_called_transient_or_persistent(bad, kind):
     mesh = meshes.device_mesh(Axes(8, 1, 1, 1, 1, 1), jax.devices())
-    with jax.set_mesh(mesh), pytest.raises(Refused, match=rf"gave different results in state\.w \({kind}"):
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(Refused, match=rf"gave different results in state\.w on all devices \({kind}"),
+    ):
         repeat(Failing(mesh, bad), dict(w=jnp.ones(4)), jnp.ones(4), number=7)
 
 
@@ -84,6 +87,29 @@ def test_x2_a_step_taken_twice_gives_what_it_gives_once():
     with jax.set_mesh(mesh):
         new, metrics = repeat(Failing(mesh, ()), dict(w=jnp.ones(4)), jnp.ones(4), number=7)
         assert new["w"].tolist() == [2.0] * 4 and float(metrics["loss"]) == 4
+
+
+def test_x2_the_result_that_is_kept_is_one_of_those_that_were_compared():
+    mesh = meshes.device_mesh(Axes(8, 1, 1, 1, 1, 1), jax.devices())
+    with jax.set_mesh(mesh):
+        step = Failing(mesh, {3})  # well in both calls that are compared
+        new, _ = repeat(step, dict(w=jnp.ones(4)), jnp.ones(4), number=7)
+        assert new["w"].tolist() == [2.0] * 4 and step.calls == 2
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("device", [0, 5])
+def test_x2_a_step_that_went_wrong_on_one_device_alone_names_leaf_and_device(cut, device):
+    axes, spec = CUTS[cut]
+    mesh = meshes.device_mesh(axes, jax.devices())
+    calls = iter(range(3))
+
+    def step(state, batch):
+        new = state | dict(scale=with_a_flipped_bit(state["scale"], jax.devices()[device]))
+        return (new if next(calls) == 1 else state), dict(loss=batch)
+
+    with jax.set_mesh(mesh), pytest.raises(Refused, match=rf"in state\.scale on device {device} of .* \(transient"):
+        repeat(step, state(mesh, spec), jnp.ones(()), number=7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
