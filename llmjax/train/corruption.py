@@ -41,12 +41,14 @@ def _compare(name: str, held: dict[jax.Device, int]) -> None:
     if len(count) < 2:
         return
     (usual, times), (_, next_times) = count.most_common(2)
-    odd = [device for device, value in held.items() if value != usual]
-    which = ", ".join(f"device {d.id} of process {d.process_index}" for d in (odd if times > next_times else held))
-    verb = "holds another copy of" if times > next_times else "hold different copies of"
+    odd = [device for device, value in held.items() if times == next_times or value != usual]
+    which = ", ".join(f"device {device.id} of process {device.process_index}" for device in odd)
+    what = f"hold different copies of {name} and none is in the majority"
+    if times > next_times:
+        what = f"{'hold' if len(odd) > 1 else 'holds'} another copy of {name} than the others"
     raise Refused(
-        f"{which} {verb} {name} than the {'others' if times > next_times else 'same'}: its memory or arithmetic is not "
-        "to be trusted, so leave that device out and run the same command to continue from the last checkpoint.",
+        f"{which} {what}: memory or arithmetic is not to be trusted there, so leave out what is at fault and run the "
+        "same command to continue from the last checkpoint.",
         NON_FINITE,
     )
 
