@@ -63,7 +63,7 @@ def _collect(address: tuple[str, int], count: int, _: int, until: float, seconds
             )
         for peer in heard:
             with contextlib.suppress(OSError):  # gone already: the join will tell
-                peer.sendall(_line({} if why is None else {"refused": why, "code": code}))
+                peer.sendall(_line({"come": count} if why is None else {"refused": why, "code": code}))
         if why is not None:
             raise Refused(why, code)
 
@@ -101,11 +101,22 @@ def _report(address: tuple[str, int], count: int, index: int, until: float, seco
         try:
             with socket.create_connection(address, timeout=left) as first:
                 first.sendall(_line({"index": index, "count": count}))
-                answer = _read(first)
-        except (OSError, ValueError):  # not there yet, or a JAX that is on its way out
+                answer = _answer(_read(first))
+        except (OSError, ValueError):  # not there yet, or another's
             time.sleep(min(PAUSE, max(left, 0)))
     if "refused" in answer:
         raise Refused(str(answer["refused"]), int(answer.get("code", 2)))
+
+
+def _answer(said: dict) -> dict:
+    """What process 0 said; ValueError where it was not process 0.
+
+    A connection to a port of this machine on which nobody listens yet may be one to itself, and gives back what was
+    written to it.
+    """
+    if not {"come", "refused"} & said.keys():
+        raise ValueError("no answer")
+    return said
 
 
 def _line(said: dict) -> bytes:

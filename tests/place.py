@@ -56,6 +56,16 @@ TEXT = EXPERIMENT.format(
 FOUR = ("--processes.devices", "4")
 
 
+def prepared(folder: Path) -> "Place":
+    """A folder with the experiments `synthetic.py` and `text.py`."""
+    (folder / "synthetic.py").write_text(SYNTHETIC)
+    (folder / "text.py").write_text(TEXT)
+    (folder / "corpus").mkdir()
+    for number in range(10):
+        (folder / "corpus" / f"{number}.txt").write_text(f"a quick brown fox jumps over the lazy dog {number}. " * 40)
+    return Place(folder)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ended:
     """What became of a command."""

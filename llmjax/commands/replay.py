@@ -82,7 +82,7 @@ def again(
             continue
         state, metrics = program.step(state, batch_of(program, dataset, step))
         line = recorded.get(step + 1)
-        if line and (float(metrics["loss"]), float(metrics["grad_norm"])) != (line["loss"], line["grad_norm"]):
+        if line and any(diloco.mean(metrics, name) != line[name] for name in ("loss", "grad_norm")):
             differ.append(step + 1)
     if differ:
         display.say(

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -65,8 +65,7 @@ def train(
     devices = system.start(run.mesh, processes)
     stop = stopping(notice)
     system.agreement(decisive(run) | dict(code=code(), jax=jax.__version__))
-    first = jax.process_index() == 0
-    display = display or Display(quiet=not first)
+    display = display or Display(quiet=jax.process_index() > 0)
     mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
     program = make(run, mesh, meshes.chip_of(run.mesh, devices))
     folder = directory(run)
@@ -74,22 +73,12 @@ def train(
         display.say(f"Run {run.name} is finished: {run.steps:,} steps, {folder}.")
         display.say(next_steps(run))
         return DONE
-    dataset = open_data(program, display, first)
-    with contextlib.ExitStack() as stack:
-        if first:
-            stack.enter_context(owned(folder, display.say))
-            claim(folder, run)
-        system.barrier("run directory")
-        cache_compiled_programs(Path(run.runs))
-        stack.enter_context(program.context())
-        retention = Retention(run.keep, run.keep_every, run.keep_best)
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", retention, display.say))
-        records = stack.enter_context(Records(folder)) if first else None
-        ledger = Ledger(display, checkpoints, records, spent, heartbeat)
+    dataset = open_data(program, display, jax.process_index() == 0)
+    with recording(program, folder, display, spent, heartbeat) as ledger:
         spent.mark("start")
         state, start = restore(program, dataset, ledger)
         spent.mark("restore")
-        if first:
+        if ledger.records:
             write_environment(folder, program, devices)
             if dataset.tokenizer is not None:
                 (folder / "tokenizer.json").write_text(dataset.tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -101,22 +90,47 @@ def train(
             "start", step=start, devices=len(devices), seconds=spent.elapsed(),
             process_began=time.time() - spent.elapsed(),
         )  # fmt: skip
-        state, done = steps(program, state, start, dataset, ledger, stop)
-        loop.save(program, state, done, dataset, ledger, last=True)
-        checkpoints.wait()
-        spent.mark("save")
-        facts = loop.evaluate(program, state, dataset, ledger, done, stop=stop) if done == run.steps else None
-        if facts is None:
-            ledger.account(now=True)
-            ledger.event("stop", step=done)
-            display.say(f"Stopped and saved after step {done:,} of {run.steps:,}: run the same command to continue.")
-            return PREEMPTED
-        samples(program, state, dataset, folder, display, first)
-        heartbeat(done, "finish")
-        spent.mark("evaluate")
         ledger.account(now=True)
-        ledger.event("finish", step=done, seconds=spent.elapsed())
-        summary(program, facts, dataset, folder, display, spent.elapsed())
+        return to_the_end(program, state, start, dataset, ledger, stop)
+
+
+@contextlib.contextmanager
+def recording(program: Program, folder: Path, display: Display, spent: Spent, heartbeat: Heartbeat) -> Iterator[Ledger]:
+    """The run directory, taken for this run, with what is written to it; all processes come here."""
+    run = program.run
+    with contextlib.ExitStack() as stack:
+        first = jax.process_index() == 0
+        if first:
+            stack.enter_context(owned(folder, display.say))
+            claim(folder, run)
+        system.barrier("run directory")
+        cache_compiled_programs(Path(run.runs))
+        stack.enter_context(program.context())
+        retention = Retention(run.keep, run.keep_every, run.keep_best)
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", retention, display.say))
+        records = stack.enter_context(Records(folder)) if first else None
+        yield Ledger(display, checkpoints, records, spent, heartbeat)
+
+
+def to_the_end(program: Program, state: State, start: int, dataset, ledger: Ledger, stop: Callable[[], bool]) -> int:
+    """Trains from step `start`, saves, and, unless it was asked to stop, evaluates and sums up; the exit code."""
+    run, spent, display = program.run, ledger.spent, ledger.display
+    state, done = steps(program, state, start, dataset, ledger, stop)
+    loop.save(program, state, done, dataset, ledger, last=True)
+    ledger.checkpoints.wait()
+    spent.mark("save")
+    facts = loop.evaluate(program, state, dataset, ledger, done, stop=stop) if done == run.steps else None
+    if facts is None:
+        ledger.account(now=True)
+        ledger.event("stop", step=done)
+        display.say(f"Stopped and saved after step {done:,} of {run.steps:,}: run the same command to continue.")
+        return PREEMPTED
+    samples(program, state, dataset, run.folder(), display, ledger.records is not None)
+    ledger.heartbeat(done, "finish")
+    spent.mark("evaluate")
+    ledger.account(now=True)
+    ledger.event("finish", step=done, seconds=spent.elapsed())
+    summary(program, facts, dataset, run.folder(), display, spent.elapsed())
     return DONE
 
 

@@ -122,7 +122,7 @@ class Reporter:
 
     def __init__(self, program: Program, dataset, ledger: Ledger, start: int, left_out: Set[int]):
         run = program.run
-        self.program, self.dataset, self.ledger, self.start = program, dataset, ledger, start
+        self.program, self.dataset, self.ledger = program, dataset, ledger
         self.tokens = run.batch * run.sequence
         self.rates = learning_rates(run.optimizer, run.steps)
         self.missed = sum(step <= start for step in left_out)  # schedules count the steps that were taken
@@ -165,7 +165,7 @@ class Reporter:
         run, step, spent = self.program.run, pending.step, self.ledger.spent
         loss, grad_norm = (diloco.mean(pending.metrics, name) for name in ("loss", "grad_norm"))
         good = all(np.asarray(shard.data).all() for shard in pending.metrics["good"].addressable_shards)
-        first = step == self.start  # it compiles
+        first = not spent.totals()["compile"]  # of this process, so it compiled
         seconds = spent.mark("compile") if first else spent.mark_split("data", "steps", pending.waited_ms / 1e3)
         if not first:
             self.recent = [*self.recent[-49:], seconds]
@@ -310,7 +310,7 @@ def save(
             if last or refusal.code != IO:
                 raise
             ledger.display.say(f"Training goes on without it: {refusal}")
-            ledger.event("save_failed", step=step, reason=str(refusal))
+            ledger.event("save_failed", reason=str(refusal))
     ledger.spent.mark("save")
     if ledger.checkpoints.has(step):
         ledger.event("save", step=step)

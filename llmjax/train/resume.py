@@ -69,9 +69,10 @@ def read_state(program: Program, checkpoints: Checkpoints, step: int) -> State:
 
 def redo(ledger: Ledger, step: int, end: int | None = None) -> None:
     """Takes back what the records say of the steps that will be done again."""
-    dropped = [line for line in ledger.records.rewind(step, end) if "step_ms" in line and "compiled" not in line]
+    dropped = [line for line in ledger.records.rewind(step, end) if "step_ms" in line]
     if dropped:
-        seconds = sum(line["step_ms"] - min(line["data_wait_ms"], line["step_ms"]) for line in dropped) / 1e3
+        timed = [line for line in dropped if "compiled" not in line]  # the others count as compiling
+        seconds = sum(line["step_ms"] - min(line["data_wait_ms"], line["step_ms"]) for line in timed) / 1e3
         until = max(line.get("elapsed", 0) for line in dropped)  # in the clock of the process that did them
         ledger.event("redo", steps=len(dropped), seconds=seconds, until=until)
 

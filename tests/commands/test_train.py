@@ -21,8 +21,6 @@ from place import (
     FOUR,
     METRICS,
     STEPS,
-    SYNTHETIC,
-    TEXT,
     Ended,
     Place,
     arrays,
@@ -33,6 +31,7 @@ from place import (
     kinds,
     losses,
     metrics,
+    prepared,
 )  # fmt: skip
 
 from llmjax import cli
@@ -183,13 +182,7 @@ def tutorial(place: Place) -> list[Ended]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Place:
-    folder = tmp_path_factory.mktemp("train")
-    (folder / "synthetic.py").write_text(SYNTHETIC)
-    (folder / "text.py").write_text(TEXT)
-    (folder / "corpus").mkdir()
-    for number in range(10):
-        (folder / "corpus" / f"{number}.txt").write_text(f"a quick brown fox jumps over the lazy dog {number}. " * 40)
-    return Place(folder)
+    return prepared(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")

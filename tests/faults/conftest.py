@@ -4,7 +4,7 @@ import concurrent.futures
 
 import pytest
 from matrix import COUNTS, PAIR
-from place import FOUR, SYNTHETIC, TEXT, Place
+from place import FOUR, Place, prepared
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -14,13 +14,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Place:
-    folder = tmp_path_factory.mktemp("faults")
-    (folder / "synthetic.py").write_text(SYNTHETIC)
-    (folder / "text.py").write_text(TEXT)
-    (folder / "corpus").mkdir()
-    for number in range(10):
-        (folder / "corpus" / f"{number}.txt").write_text(f"a quick brown fox jumps over the lazy dog {number}. " * 40)
-    return Place(folder)
+    return prepared(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import optax
 from experiments import stdlib_tiny
 from llmjax import mesh as meshes
 from llmjax import processes
+from llmjax.checkpoint import manifest
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.data.dataset import Synthetic
 from llmjax.train import corruption, loop
@@ -91,6 +92,9 @@ def main() -> None:
             f"save of {size / 2**20:.0f} MiB: stalls a step {statistics.median(stall[1:]):.0f} ms; steps while it is "
             f"written, hashed and read back {statistics.median(busy):.0f} ms, else {statistics.median(quiet):.0f} ms"
         )
+        step = Path(folder) / "checkpoints" / "4"
+        verifying = [timed(lambda: (manifest.write(step, {}), manifest.damage(step)))[0] for _ in range(5)]
+        print(f"verification: {statistics.median(verifying):.0f} ms per save, in a thread of its own")
         for name, call in (
             ("copies compared", lambda: corruption.replicas(state.model, program.mesh)),
             (

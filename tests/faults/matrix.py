@@ -3,7 +3,10 @@
 import collections
 import contextlib
 import shutil
-from collections.abc import Iterator
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 from place import STEPS, arrays, curve, equal, metrics
@@ -20,6 +23,42 @@ def counted(what: str, tried: int) -> Iterator[None]:
 
 
 PAIR = ("launch", "--processes", "2", "--devices", "2", "--logs", "logs")
+
+
+def train(name: str, *more: str, devices: int = 4) -> tuple[str, ...]:
+    """The command that trains, or continues, the run of this name, on so many devices."""
+    return ("train", "synthetic.py", "--name", name, "--processes.devices", str(devices), *more)
+
+
+def one_of(address: str, count: int, index: int, name: str, *more: str) -> tuple[str, ...]:
+    """The same as one of several processes of two devices, started by hand."""
+    place = ("--processes.coordinator", address, "--processes.count", str(count), "--processes.index", str(index))
+    return train(name, *place, *more, devices=2)
+
+
+def address() -> str:
+    """A port of this machine that is free."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def slowly(seconds: float) -> str:
+    """Lines that come before a command: every step then takes so much longer."""
+    return f"""
+import time
+from llmjax.train import loop
+read = loop.Reporter.read
+loop.Reporter.read = lambda self, pending: (time.sleep({seconds}), read(self, pending))[1]
+"""
+
+
+def until(process: subprocess.Popen, seen: Callable[[], object], seconds: float = 120.0) -> None:
+    """Waits for something to be seen while a process runs."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and not seen():
+        assert time.monotonic() < end
+        time.sleep(0.002)
 
 
 def same(folder, golden) -> None:

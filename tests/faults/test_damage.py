@@ -6,17 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matrix import copied, counted, rows, same
-from place import FOUR, SYNTHETIC, content, flip, losses, metrics
+from matrix import copied, counted, rows, same, train
+from place import SYNTHETIC, content, flip, losses, metrics
 
 from llmjax.checkpoint.checkpoints import Checkpoints
 
 STORED = Path(__file__).parent / "data"
 FLIPS = 24  # of every file
-
-
-def command(name, *more):
-    return ("train", "synthetic.py", "--name", name, *FOUR, *more)
 
 
 def files_of(step):
@@ -49,7 +45,7 @@ def every_file(place, golden, harm, why):
     path = files_of(step)[-1]
     harmed = next(iter(harm(path.read_bytes())))
     path.unlink() if harmed is None else path.write_bytes(harmed)
-    done = place.run(*command(folder.name))
+    done = place.run(*train(folder.name))
     assert (done.code, done.err) == (0, "") and f"Continuing runs/{folder.name} from step 20." in done.out
     assert done.out.count("Passed over checkpoint") == 1
     same(folder, golden)
@@ -81,7 +77,7 @@ def all_bad(place, golden):
     for step in (20, 24):
         flip(files_of(folder / "checkpoints" / str(step))[-1])
     before = content(folder / "checkpoints")
-    refused = place.run(*command("K4"))
+    refused = place.run(*train("K4"))
     assert refused.code == 65 and refused.err.count("\n") == 1 and content(folder / "checkpoints") == before
     assert "24: " in refused.err and "20: " in refused.err and "--name" in refused.err
     assert [line["step"] for line in metrics(folder) if "loss" in line][-1] == 24  # and it did not begin anew
@@ -97,7 +93,7 @@ def foreign(place, golden):
     (held / "095").mkdir()
     (held / "095" / "x").write_text("x")
     shutil.rmtree(held / "24")
-    done = place.run(*command("K5"))
+    done = place.run(*train("K5"))
     assert (done.code, done.err) == (0, "") and done.out.count("Ignored ") == 5
     assert "Continuing runs/K5 from step 20." in done.out
     assert (held / "97").is_symlink() and (held / "98").read_text() == "a file"
@@ -121,17 +117,17 @@ def other_config(place, golden):
     ):
         short = ("--steps", "4", "--eval-every", "0")
         (place.folder / "lion.py").write_text(SYNTHETIC.replace("adamw", "lion").replace("AdamW", "Lion"))
-        _, experiment, *options = command(f"K6_{number}_other", *short, *change)
+        _, experiment, *options = train(f"K6_{number}_other", *short, *change)
         other = place.run("train", experiment if change else "lion.py", *options)
         assert (other.code, other.err) == (0, "")
-        mine = place.run(*command(f"K6_{number}", *short))
+        mine = place.run(*train(f"K6_{number}", *short))
         assert mine.code == 0
         folder = place.runs / f"K6_{number}"
         (folder / "events.jsonl").unlink()
         shutil.rmtree(folder / "checkpoints")
         shutil.copytree(place.runs / f"K6_{number}_other" / "checkpoints", folder / "checkpoints")
         before = content(folder / "checkpoints")
-        refused = place.run(*command(f"K6_{number}", *short))
+        refused = place.run(*train(f"K6_{number}", *short))
         assert refused.code == 65 and refused.err.count("\n") == 1, refused
         assert "another config" in refused.err and field in refused.err
         assert content(folder / "checkpoints") == before
@@ -152,12 +148,12 @@ def older(place, golden):
         (folder / "checkpoints" / str(step) / "MANIFEST.json").unlink()
         (folder / "checkpoints" / str(step) / "VERIFIED").unlink()
     before = content(folder / "checkpoints")
-    refused = place.run(*command("K7"))
+    refused = place.run(*train("K7"))
     assert refused.code == 65 and refused.err.count("\n") == 1 and "--trust 24" in refused.err
     assert content(folder / "checkpoints") == before
     trusted = place.run("checkpoints", "K7", "--trust", "20")
     assert trusted.code == 65 and "20" in trusted.out  # the other one is still none
-    done = place.run(*command("K7"))
+    done = place.run(*train("K7"))
     assert (done.code, done.err) == (0, "") and "Continuing runs/K7 from step 20." in done.out
     same(folder, golden)
 

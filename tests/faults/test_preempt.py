@@ -6,35 +6,17 @@ import time
 from pathlib import Path
 
 import pytest
-from matrix import PAIR, counted, rows, same
-from place import FOUR, Place, ended, kinds, metrics
+from matrix import PAIR, counted, rows, same, slowly, train, until
+from place import Place, ended, kinds, metrics
 
 from llmjax.checkpoint.checkpoints import Checkpoints
 
-SLOW_STEPS = """
-import time
-from llmjax.train import loop
-read = loop.Reporter.read
-loop.Reporter.read = lambda self, pending: (time.sleep(0.05), read(self, pending))[1]
-"""
 SLOW_SAVES = """
 import time
 from llmjax.checkpoint import manifest
 write = manifest.write
 manifest.write = lambda *a: (time.sleep({seconds}), write(*a))[1]
 """
-
-
-def command(name, *more):
-    return ("train", "synthetic.py", "--name", name, *FOUR, *more)
-
-
-def until(process, seen, seconds=120.0):
-    """Waits for something to be seen while a process runs."""
-    end = time.monotonic() + seconds
-    while process.poll() is None and not seen():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def listens(pid: int) -> bool:
@@ -44,7 +26,7 @@ def listens(pid: int) -> bool:
 
 
 def to_its_end(place: Place, name: str, golden: Path) -> None:
-    done = place.run(*command(name))
+    done = place.run(*train(name))
     assert (done.code, done.err) == (0, "")
     same(place.runs / name, golden)
 
@@ -60,7 +42,7 @@ def stopped(place: Place, name: str) -> int:
 
 def during_a_save(place, golden):
     folder = place.runs / "P2"
-    with place.started(*command("P2"), patch=SLOW_SAVES.format(seconds=1)) as process:
+    with place.started(*train("P2"), patch=SLOW_SAVES.format(seconds=1)) as process:
         until(process, lambda: list((folder / "checkpoints").glob("8.unsealed")))
         process.send_signal(signal.SIGTERM)
         assert ended(process).code == 75
@@ -71,7 +53,7 @@ def during_a_save(place, golden):
 @counted("kills survived", 1)
 def killed_within_its_grace(place, golden):
     folder = place.runs / "P3"
-    with place.started(*command("P3"), patch=SLOW_SAVES.format(seconds=3)) as process:
+    with place.started(*train("P3"), patch=SLOW_SAVES.format(seconds=3)) as process:
         until(process, lambda: list((folder / "checkpoints").glob("8.unsealed")))
         process.send_signal(signal.SIGTERM)
         time.sleep(1)
@@ -83,12 +65,12 @@ def killed_within_its_grace(place, golden):
 
 def ctrl_c_twice(place, golden):
     folder = place.runs / "P4"
-    with place.started(*command("P4"), patch=SLOW_STEPS) as process:
+    with place.started(*train("P4"), patch=slowly(0.05)) as process:
         until(process, lambda: len(metrics(folder)) > 6)
         process.send_signal(signal.SIGINT)
         assert ended(process).code == 75
     assert 6 <= stopped(place, "P4") < 12
-    with place.started(*command("P4"), patch=SLOW_STEPS.replace("0.05", "1")) as process:
+    with place.started(*train("P4"), patch=slowly(1)) as process:
         lines = len(metrics(folder))
         until(process, lambda: len(metrics(folder)) > lines)
         process.send_signal(signal.SIGINT)
@@ -103,7 +85,7 @@ def while_it_starts(signals):
     def row(place, golden):
         for number, after in enumerate((0.0, 0.7, 1.4, 2.1, 2.8)):
             name = f"P5_{signals.name}_{number}"
-            with place.started(*command(name)) as process:
+            with place.started(*train(name)) as process:
                 until(process, lambda: listens(process.pid))
                 time.sleep(after)
                 process.send_signal(signals)
@@ -117,7 +99,7 @@ def while_it_starts(signals):
 
 def while_it_compiles(place, golden):
     folder = place.runs / "P5_compile"
-    with place.started(*command("P5_compile")) as process:
+    with place.started(*train("P5_compile")) as process:
         until(process, lambda: (folder / "events.jsonl").is_file() and "start" in kinds(folder))
         process.send_signal(signal.SIGTERM)
         assert ended(process).code == 75
@@ -136,7 +118,7 @@ def slowly(dataset, split, *a, **k):
 loop.place = slowly
 """
     folder = place.runs / "P5_evaluates"
-    with place.started(*command("P5_evaluates"), patch=slow) as process:
+    with place.started(*train("P5_evaluates"), patch=slow) as process:
         until(process, lambda: len(metrics(folder)) == 8)
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)

@@ -2,25 +2,18 @@
 
 import json
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
-from matrix import rows, same
-from place import FOUR, STEPS, arrays, curve, ended, kinds, losses, metrics
+from matrix import address, one_of, rows, same, slowly, train
+from place import STEPS, arrays, curve, ended, kinds, losses, metrics
 
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.report.goodput import of
 from llmjax.train.records import read
 
 # Writes down which rows every step reads, of whichever process.
-SLOW = """
-import time
-from llmjax.train import loop
-read = loop.Reporter.read
-loop.Reporter.read = lambda self, pending: (time.sleep(0.1), read(self, pending))[1]
-"""
 RECORD = """
 import json, os
 from llmjax.train import loop
@@ -32,16 +25,6 @@ def recorded(step, **how):
     return rows
 loop.order = recorded
 """
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def command(name, devices, *more):
-    return ("train", "synthetic.py", "--name", name, "--processes.devices", str(devices), *more)
 
 
 def batches(place, name):
@@ -60,7 +43,7 @@ from llmjax.checkpoint import folder
 prune = folder.prune
 folder.prune = lambda *a: (prune(*a), a[1] == {steps} and os.kill(os.getpid(), signal.SIGKILL))
 """
-    done = place.run(*command(name, devices, *more), patch=RECORD.replace("{NAME}", name) + die)
+    done = place.run(*train(name, *more, devices=devices), patch=RECORD.replace("{NAME}", name) + die)
     assert done.code == -signal.SIGKILL, done
 
 
@@ -70,9 +53,9 @@ def from_mesh_to_mesh(place, golden):
     folder = place.runs / "B5"
     kept = arrays(folder, 4)
     assert kept["step"] == 4
-    address = ("--processes.coordinator", f"127.0.0.1:{free_port()}", "--processes.count", "2")
-    pair = [command("B5", 2, *address, "--processes.index", str(index)) for index in (0, 1)]
-    slow = RECORD.replace("{NAME}", "B5") + SLOW.replace("0.1", "0.7")  # the processes take a second or two to agree
+    at = address()
+    pair = [one_of(at, 2, index, "B5") for index in (0, 1)]
+    slow = RECORD.replace("{NAME}", "B5") + slowly(0.7)  # the processes take a second or two to agree
     with place.started(*pair[0], patch=slow) as first, place.started(*pair[1], patch=slow) as second:
         # What was killed may have written as many lines: those of the second start alone count.
         while (kinds(folder).count("start") < 2 or len(metrics(folder)) < 9) and first.poll() is None:
@@ -81,18 +64,18 @@ def from_mesh_to_mesh(place, golden):
         assert [ended(first).code, ended(second).code] == [75, 75]
     assert 8 <= Checkpoints(folder / "checkpoints").latest() < 16
     stopped_at(place, "B5", 16, 8)
-    done = place.run(*command("B5", 1), patch=RECORD.replace("{NAME}", "B5"))
+    done = place.run(*train("B5", devices=1), patch=RECORD.replace("{NAME}", "B5"))
     assert done.code == 0 and "Continuing runs/B5 from step 16." in done.out
     np.testing.assert_allclose(losses(folder)[:, 0], losses(golden)[:, 0], rtol=1e-6)
-    place.run(*command("B5_rows", 4), patch=RECORD.replace("{NAME}", "B5_rows"))
+    place.run(*train("B5_rows"), patch=RECORD.replace("{NAME}", "B5_rows"))
     mine, theirs = batches(place, "B5"), batches(place, "B5_rows")
-    assert {step: mine[step] for step in mine} == {step: theirs[step] for step in mine} and len(theirs) == STEPS
+    assert mine == theirs and len(theirs) == STEPS
 
 
 def border_of_an_epoch(place, golden):
     """256 rows are 16 steps of 16: killed at 12, resumed over the border."""
     stopped_at(place, "B6", 12, 4)
-    done = place.run(*command("B6", 4), patch=RECORD.replace("{NAME}", "B6"))
+    done = place.run(*train("B6"), patch=RECORD.replace("{NAME}", "B6"))
     assert (done.code, done.err) == (0, "")
     same(place.runs / "B6", golden)
     read_rows = batches(place, "B6")
@@ -105,7 +88,7 @@ def clock_moved_between(seconds):
         name = f"C1_{'back' if seconds < 0 else 'forward'}"
         stopped_at(place, name, 8, 4)
         moved = f"import time\nnow = time.time\ntime.time = lambda: now() + {seconds}\n"
-        done = place.run(*command(name, 4), patch=moved)
+        done = place.run(*train(name), patch=moved)
         assert (done.code, done.err) == (0, "") and f"Continuing runs/{name} from step 8." in done.out
         folder = place.runs / name
         same(folder, golden)
@@ -126,7 +109,7 @@ def leap(self, pending):
     return slowly(self, pending)
 loop.Reporter.read = leap
 """
-    done = place.run(*command("C2", 4), patch=SLOW + leaping)
+    done = place.run(*train("C2"), patch=slowly(0.1) + leaping)
     assert (done.code, done.err) == (0, "")
     folder = place.runs / "C2"
     same(folder, golden)
@@ -137,7 +120,7 @@ loop.Reporter.read = leap
 def caches(place, golden):
     cold = "import os, tempfile\nos.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp()\n"
     for name, patch in (("X3_cold", cold), ("X3_warm", "")):
-        done = place.run("train", "synthetic.py", "--name", name, *FOUR, patch=patch)
+        done = place.run(*train(name), patch=patch)
         assert (done.code, done.err) == (0, "")
         same(place.runs / name, golden)
     assert curve(place.runs / "X3_cold") == curve(place.runs / "X3_warm")

@@ -13,13 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 import pytest
+from place import arrays, curve, equal
 
 from llmjax import leash
-from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.train.records import read
 
 STEPS = 40
@@ -150,45 +148,25 @@ def golden(start) -> Path:
     return command.run
 
 
-def curve(run: Path) -> list[tuple]:
-    """What was computed, as text, so that equal means equal in every bit."""
-    keys = ("step", "loss", "grad_norm", "lr", "eval_loss")
-    return [tuple((key, repr(line[key])) for key in keys if key in line) for line in read(run / "metrics.jsonl")]
-
-
-def arrays(run: Path) -> dict[str, bytes]:
-    """The bytes of every array of the last checkpoint."""
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        stored = ocp.metadata(checkpoints.folder / str(STEPS)).metadata
-        wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for name, a in stored.items()}
-        return {name: np.asarray(x).tobytes() for name, x in checkpoints.restore(STEPS, wanted).items()}
-
-
 def restarts(run: Path) -> list[dict]:
     return [event for event in read(run / "events.jsonl") if event["kind"] == "restart"]
 
 
 def same(run: Path, golden: Path) -> bool:
     """Verdict A: the curve and the last checkpoint equal the undisturbed ones in every bit."""
-    return curve(run) == curve(golden) and arrays(run) == arrays(golden)
+    return curve(run) == curve(golden) and equal(arrays(run), arrays(golden))
 
 
 SUPERVISED = ("supervise", "--pause", "0.1", "--", *PAIR)
 
 
-@pytest.mark.fast
-def test_W1_a_worker_is_killed_and_the_run_goes_on_by_itself_bit_for_bit(start, golden):
-    with start("w1", *SUPERVISED, "train", "mine.py", "--processes.patience", "10") as command:
-        command.gone(command.signal_at(6, signal.SIGKILL, index=1), seconds=15)
-        assert command.ended() == 0, command.said
-    assert same(command.run, golden) and [event["code"] for event in restarts(command.run)] == [76]
-
-
-@pytest.mark.faults
-def test_W2_the_first_process_is_killed_and_the_run_goes_on_by_itself_bit_for_bit(start, golden):
-    with start("w2", *SUPERVISED, "train", "mine.py", "--processes.patience", "10") as command:
-        command.gone(command.signal_at(6, signal.SIGKILL, index=0), seconds=5)
+@pytest.mark.parametrize(
+    ("row", "index", "seconds"),
+    [pytest.param("W1", 1, 15, marks=pytest.mark.fast), pytest.param("W2", 0, 5, marks=pytest.mark.faults)],
+)
+def test_W1_W2_a_process_is_killed_and_the_run_goes_on_by_itself_bit_for_bit(start, golden, row, index, seconds):
+    with start(row, *SUPERVISED, "train", "mine.py", "--processes.patience", "10") as command:
+        command.gone(command.signal_at(6, signal.SIGKILL, index), seconds)
         assert command.ended() == 0, command.said
     assert same(command.run, golden) and [event["code"] for event in restarts(command.run)] == [76]
 
