@@ -102,6 +102,8 @@ class Run:
     "Microbatches per step; 0: one on an accelerator, as many as keep a CPU's caches warm on a CPU."
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     "Precision of the products; parameters and losses stay float32. auto: bfloat16 on accelerators, float32 on CPUs."
+    attention: Literal["reference", "blocked", "splash", "cudnn"] = "reference"
+    "How attention is computed: all scores at once, in blocks, or in a TPU's or a GPU's kernel; a ring has its own way."
     remat: Literal["none", "full", "dots"] = "none"
     "What the backward pass computes again: nothing, everything, or all but the products with weights."
     clip: float = 1.0
@@ -140,8 +142,8 @@ class Run:
 
 
 # What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
-FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumulate", "remat", "guard", "eval_every",
-                  "eval_rows", "save_every", "save_minutes", "keep", "keep_every", "keep_best", "prompts",
+FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumulate", "attention", "remat", "guard",
+                  "eval_every", "eval_rows", "save_every", "save_minutes", "keep", "keep_every", "keep_best", "prompts",
                   "accept_data", "runs"})  # fmt: skip
 
 

@@ -286,7 +286,8 @@ def header(program: Program, state: State, dataset, start: int, display: Display
             f"({run.steps * run.batch / train:.2f} epochs)",
             "devices": f"{program.mesh.size} x {jax.devices()[0].device_kind}{here}",
             "mesh": f"{run.mesh.name}: {axes}; layout {run.layout.name}",
-            "compute": f"{program.compute.operands} products, accumulation {program.accumulate}, remat {run.remat}",
+            "compute": f"{program.compute.operands} products, accumulation {program.accumulate}, remat {run.remat}, "
+            f"attention {program.compute.attention}",
             **({"local": local(run, program.mesh.shape["data"])} if run.local.every else {}),
             "memory": f"per device: parameters {memory(bytes_per_device(state.model, program.mesh))}, "
             f"optimizer {memory(bytes_per_device(state.opt, program.mesh))}",

@@ -12,8 +12,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import P
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.models import nn
+from llmjax.models.blocked import merge
 
 
 @jax.custom_vjp
@@ -28,44 +30,33 @@ def attend(q_BTGRK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT
 def _forward(q_BTGRK, k_BTGK, v_BTGK, segments_BT):
     place = jax.typeof(q_BTGRK).sharding.spec
     places = place, P(*place[:-1])
-    o_BTGRK, log_total_BTGR = _on_ring(_forward_on_device, places, q_BTGRK, k_BTGK, v_BTGK, segments_BT)
+    call = functools.partial(_forward_on_device, nn.ring())
+    kept = nn.on_devices(call, places, q_BTGRK, k_BTGK, v_BTGK, segments_BT)
+    o_BTGRK, log_total_BTGR = (checkpoint_name(x, nn.ATTENTION) for x in kept)
     return o_BTGRK, (q_BTGRK, k_BTGK, v_BTGK, segments_BT, o_BTGRK, log_total_BTGR)
 
 
 def _backward(saved, do_BTGRK):
     places = tuple(jax.typeof(x).sharding.spec for x in saved[:3])
-    return *_on_ring(_backward_on_device, places, *saved, do_BTGRK), None
+    call = functools.partial(_backward_on_device, nn.ring())
+    return *nn.on_devices(call, places, *saved, do_BTGRK), None
 
 
 attend.defvjp(_forward, _backward)
 
 
-def _on_ring(call, places, *args):
-    """`call(axis, ...)` of what every device holds, for results that are cut as `places` says.
-
-    It is manual over every axis, although only one is spoken of: those left to the partitioner would have their parts
-    gathered at the border (jax 0.10).
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = set(mesh.axis_names) - set(mesh.manual_axes)
-    on_ring = jax.shard_map(functools.partial(call, nn.ring()), out_specs=places, axis_names=axes)
-    # The derivative is our own, so there is nothing here to keep. Without saying so, JAX moves what no layer changes,
-    # such as masks, out of the loop over layers, and cannot where this is inside another shard_map, a pipeline's.
-    return jax.checkpoint(on_ring)(*args)
-
-
 def _forward_on_device(axis, q, k, v, segments):
     queries, keys = _pieces((q, segments)), _pieces((k, v, segments))
     low = _look(queries[0], keys[0], diagonal=True)
-    high = _merge(_look(queries[1], keys[0]), _look(queries[1], keys[1], diagonal=True))
+    high = merge(_look(queries[1], keys[0]), _look(queries[1], keys[1], diagonal=True))
 
     def turn(carry, j):
         keys, low, high = carry
         keys = _pass_on(keys, axis)
         before = j <= jax.lax.axis_index(axis)  # s < r
-        high = _merge(high, _look(queries[1], keys[0]))
+        high = merge(high, _look(queries[1], keys[0]))
         seen = _look(_either(before, queries), _either(before, keys))
-        low, high = _where(before, _merge(low, seen), low), _where(before, high, _merge(high, seen))
+        low, high = _where(before, merge(low, seen), low), _where(before, high, merge(high, seen))
         return (keys, low, high), None
 
     (_, low, high), _ = jax.lax.scan(turn, (keys, low, high), jnp.arange(1, jax.lax.axis_size(axis)))
@@ -122,13 +113,6 @@ def _look(query, key, diagonal=False):
     highest_BTGR = jnp.max(score_BTGRS, -1)
     weight_BTGRS = jnp.exp(score_BTGRS - highest_BTGR[..., None])
     return nn.product("BTGRS,BSGK->BTGRK", weight_BTGRS, key[1]), highest_BTGR, jnp.sum(weight_BTGRS, -1)
-
-
-def _merge(a, b):
-    """What was seen over the keys of both."""
-    highest = jnp.maximum(a[1], b[1])
-    a_share, b_share = jnp.exp(a[1] - highest), jnp.exp(b[1] - highest)
-    return a[0] * a_share[..., None] + b[0] * b_share[..., None], highest, a[2] * a_share + b[2] * b_share
 
 
 def _slope(query, key, diagonal=False):

@@ -18,7 +18,7 @@ from llmjax.checks import check
 from llmjax.errors import Refused
 from llmjax.layout import ways
 from llmjax.mesh import Axes, Chip
-from llmjax.models import nn
+from llmjax.models import kernels, nn
 from llmjax.run import Run
 from llmjax.train import diloco
 from llmjax.train import step as steps
@@ -84,7 +84,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     accumulate = run.accumulate or microbatches(run, axes, chip)
     check(run, axes, accumulate)
     on_cpu = chip.platform == "cpu"
-    bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and not on_cpu)
+    bfloat16 = in_bfloat16(run, chip)
     compute = nn.Compute(
         layout=run.layout,
         operands="bfloat16" if bfloat16 else "float32",
@@ -92,6 +92,8 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         remat=run.remat,
         unroll=min(getattr(run.model, "layers", 1), UNROLLED) if on_cpu else 1,
         pipeline=run.pipeline,
+        attention=kernel(run, axes, chip),
+        block=kernels.BLOCK.get(chip.name, kernels.NARROWER),
     )
     tx = transformation(run)
     init = functools.partial(steps.init, run.model.init, tx)
@@ -113,6 +115,27 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         flops_per_token=flops,
         peak=chip.flops and flops and chip.flops * mesh.size,
     )
+
+
+def in_bfloat16(run: Run, chip: Chip) -> bool:
+    """Whether products take bfloat16 operands."""
+    return run.dtype == "bfloat16" or (run.dtype == "auto" and chip.platform != "cpu")
+
+
+def kernel(run: Run, axes: Axes, chip: Chip) -> str:
+    """How attention is computed.
+
+    Raises:
+      Refused: the run names a kernel that cannot be used here.
+    """
+    head_dim = run.model.sizes().get("K") if hasattr(run.model, "sizes") else None
+    if not head_dim:  # there is no attention
+        return "reference"
+    ways_T = ways(run.layout.inner.get("T"), axes)
+    shapes = dict(positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=in_bfloat16(run, chip))
+    if why := kernels.lacks(run.attention, chip.platform, **shapes):
+        raise Refused(f"attention is {run.attention}, but {why}: use blocked or reference.")
+    return run.attention
 
 
 def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:

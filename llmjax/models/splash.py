@@ -1,0 +1,76 @@
+"""Attention in one TPU kernel that skips what the mask hides: JAX's Pallas splash attention, one call per sequence."""
+
+import jax
+import jax.numpy as jnp
+from jax import P
+from jax.sharding import NamedSharding
+
+from llmjax.models import nn
+
+LANES = 128  # what a block of positions is a multiple of
+COMPUTE = 512  # keys that are looked at at once, within a block
+
+
+def attend(
+    window: int, q_BTGRK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, segments: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    """See `llmjax.models.reference.attend`. T on one device, and S, are multiples of 128."""
+    place = jax.typeof(q_BTGRK).sharding.spec
+    kernel, specs = _kernel(window, q_BTGRK.shape, k_BSGK.shape[1], place)
+    mesh = jax.sharding.get_abstract_mesh()
+    keys = jax.typeof(k_BSGK).sharding.spec
+    segment_places = None if segments is None else (P(*place[:2]), P(*keys[:2]))
+    # check_vma: Pallas kernels do not say over which axes their results vary
+    on_devices = jax.shard_map(
+        _on_device,
+        in_specs=(specs, place, keys, keys, segment_places),
+        out_specs=place,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
+    )
+    return on_devices(kernel, q_BTGRK, k_BSGK, v_BSGK, segments)
+
+
+def _kernel(window: int, shape: tuple[int, ...], S: int, place: P):
+    """(the kernel, where its mask lives): the mask of a device's queries is that of the part of T that it holds."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = [nn.ways(cut) for cut in place]
+    _, T, G, R, _ = shape
+    heads = G * R // (sizes[2] * sizes[3])
+    mask = masks.LocalMask((T, S), (window - 1, 0), 0) if window else masks.CausalMask((T, S))
+    block = largest(T // sizes[1], nn.how().block)
+    across = min(block, COMPUTE)
+    blocks = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=across, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=across, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=sizes[1],
+        residual_checkpoint_name=nn.ATTENTION,
+        interpret=nn.how().interpret,
+    )
+    specs = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, place[1])))
+    return jax.tree.map(jax.reshard, kernel, specs), specs
+
+
+def largest(length: int, most: int) -> int:
+    """The largest block, a power of two times 128 and at most `most`, that divides so many positions; 0: none does."""
+    sizes = (LANES << n for n in range(most // LANES))
+    return max((size for size in sizes if size <= most and length % size == 0), default=0)
+
+
+def _on_device(kernel, q_BTGRK, k_BSGK, v_BSGK, segments):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    B, T, G, R, K = q_BTGRK.shape
+    q_BHTK = jnp.moveaxis(q_BTGRK * K**-0.5, 1, 3).reshape(B, G * R, T, K)
+    k_BGSK, v_BGSK = (jnp.moveaxis(x, 1, 2) for x in (k_BSGK, v_BSGK))
+    segment_ids = None if segments is None else splash.SegmentIds(*segments)
+    o_BHTK = jax.vmap(kernel)(q_BHTK, k_BGSK, v_BGSK, segment_ids)
+    return jnp.moveaxis(o_BHTK.reshape(B, G, R, T, K), 3, 1)
