@@ -19,6 +19,7 @@ from llmjax.models.llama import Llama
 from llmjax.optim.adafactor import Adafactor
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.lion import Lion
+from llmjax.optim.muon import Muon
 from llmjax.optim.schedules import Constant, Cosine
 from llmjax.optim.sgd import SGD
 from llmjax.optim.weights import matrices, rows_and_columns
@@ -32,6 +33,7 @@ OPTIMIZERS = {
     "adamw": AdamW(lr=2e-2, schedule=WARM),
     "lion": Lion(lr=3e-3, schedule=WARM),
     "adafactor": Adafactor(lr=1e-1, schedule=WARM, weight_decay=0.01),
+    "muon": Muon(lr=2e-2, others_lr=2e-2, schedule=WARM),
     "sgd": SGD(lr=0.3, schedule=WARM, nesterov=True),
 }
 BATCH, SEQUENCE, STEPS = 8, 16, 20
