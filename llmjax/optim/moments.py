@@ -1,10 +1,12 @@
 """Averages kept in bfloat16, at half the memory, and right on average."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+Moments = Literal["float32", "bfloat16"]
 
 
 class Rounded(NamedTuple):
@@ -12,6 +14,11 @@ class Rounded(NamedTuple):
 
     count: jax.Array
     inner: optax.OptState
+
+
+def kept(inner: optax.GradientTransformation, moments: Moments) -> optax.GradientTransformation:
+    """The optimizer, with its averages in this precision between steps."""
+    return in_bfloat16(inner) if moments == "bfloat16" else inner
 
 
 def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -24,15 +31,16 @@ def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
     def init(params):
         state = inner.init(params)
-        return Rounded(jnp.int32(0), jax.tree.map(lambda x: x.astype(jnp.bfloat16) if _kept(x) else x, state))
+        return Rounded(jnp.int32(0), jax.tree.map(lambda x: x.astype(jnp.bfloat16) if _average(x) else x, state))
 
     def update(grads, state, params=None):
         before = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, state.inner)
         updates, after = inner.update(grads, before, params)
         count = optax.safe_increment(state.count)
         leaves, tree = jax.tree.flatten(after)
-        kept = [round_at_random(x, _mix(count * len(leaves) + i)) if _kept(x) else x for i, x in enumerate(leaves)]
-        return updates, Rounded(count, jax.tree.unflatten(tree, kept))
+        seeds = [_mix(count * len(leaves) + i) for i in range(len(leaves))]
+        leaves = [round_at_random(x, seed) if _average(x) else x for x, seed in zip(leaves, seeds, strict=True)]
+        return updates, Rounded(count, jax.tree.unflatten(tree, leaves))
 
     return optax.GradientTransformation(init, update)
 
@@ -49,7 +57,7 @@ def round_at_random(x: jax.Array, seed: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def _kept(x: jax.Array) -> bool:
+def _average(x: jax.Array) -> bool:
     return x.ndim > 0 and x.dtype == jnp.float32
 
 

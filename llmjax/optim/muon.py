@@ -10,6 +10,7 @@ import optax
 
 from llmjax.errors import Refused
 from llmjax.optim.adamw import AdamW
+from llmjax.optim.moments import Moments, kept
 from llmjax.optim.orthogonal import Sides, orthogonal
 from llmjax.optim.schedules import Cosine, Schedule, rate
 from llmjax.optim.weights import hidden, rows_and_columns
@@ -59,6 +60,8 @@ class Muon:
     "Decay of its average of squared gradients."
     epsilon: float = 1e-8
     "Added to the root of that average."
+    moments: Moments = "float32"
+    "Precision of momentum and averages between steps; see `llmjax.optim.moments`. bfloat16: half their memory."
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """See `llmjax.optim.schedules.Optimizer.build`."""
@@ -75,7 +78,8 @@ class Muon:
             optax.add_decayed_weights(self.weight_decay),
             optax.scale_by_learning_rate(rate(self, steps)),
         )
-        return optax.partition({"matrices": matrices, "others": others.build(steps)}, _owners)
+        tx = optax.partition({"matrices": matrices, "others": others.build(steps)}, _owners)
+        return kept(tx, self.moments)
 
 
 class Momentum(NamedTuple):
@@ -93,13 +97,13 @@ def scale_by_orthogonal_momentum(
         return Momentum(jax.tree.map(jnp.zeros_like, params))
 
     def update(grads, state, params=None):
-        kept = jax.tree.map(lambda g, m: g + momentum * m, grads, state.momentum)
-        ahead = jax.tree.map(lambda g, m: g + momentum * m, grads, kept) if nesterov else kept
+        total = jax.tree.map(lambda g, m: g + momentum * m, grads, state.momentum)
+        ahead = jax.tree.map(lambda g, m: g + momentum * m, grads, total) if nesterov else total
         leaves, tree = jax.tree_util.tree_flatten_with_path(ahead)
         sides = [tuple(map(len, rows_and_columns(path, x))) for path, x in leaves]
         steps = orthogonal([x for _, x in leaves], sides, iterations, operands)
         scaled = [_scale(x, side, rms) * step for (_, x), side, step in zip(leaves, sides, steps, strict=True)]
-        return jax.tree.unflatten(tree, scaled), Momentum(kept)
+        return jax.tree.unflatten(tree, scaled), Momentum(total)
 
     return optax.GradientTransformation(init, update)
 

@@ -31,9 +31,12 @@ GPT = GPT2(vocab=96, layers=2, width=32, heads=4, head_dim=8, ff=64, positions=1
 WARM = Cosine(warmup=4)
 OPTIMIZERS = {
     "adamw": AdamW(lr=2e-2, schedule=WARM),
+    "adamw in bfloat16": AdamW(lr=2e-2, schedule=WARM, moments="bfloat16"),
     "lion": Lion(lr=3e-3, schedule=WARM),
+    "lion in bfloat16": Lion(lr=3e-3, schedule=WARM, moments="bfloat16"),
     "adafactor": Adafactor(lr=1e-1, schedule=WARM, weight_decay=0.01),
     "muon": Muon(lr=2e-2, others_lr=2e-2, schedule=WARM),
+    "muon in bfloat16": Muon(lr=2e-2, others_lr=2e-2, schedule=WARM, moments="bfloat16"),
     "sgd": SGD(lr=0.3, schedule=WARM, nesterov=True),
 }
 BATCH, SEQUENCE, STEPS = 8, 16, 20
@@ -86,7 +89,8 @@ def test_it_lowers_the_loss_by_a_fifth_in_twenty_steps(optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_eight_devices_under_fsdp_tp_give_the_losses_of_one(optimizer, capfd):
-    np.testing.assert_allclose(losses(optimizer, "fsdp_tp", 8), losses(optimizer, "dp", 1), rtol=1e-5)
+    close = 1e-4 if "bfloat16" in optimizer else 1e-5  # a sum in another order may be rounded to the other neighbour
+    np.testing.assert_allclose(losses(optimizer, "fsdp_tp", 8), losses(optimizer, "dp", 1), rtol=close)
     said = capfd.readouterr().err
     assert "rematerialization" not in said, f"the partitioner copies an array to every device:\n{said}"
 
