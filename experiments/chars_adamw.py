@@ -14,7 +14,7 @@ from meshes import local
 
 run = Run(
     model=Llama(
-        vocab=257, layers=4, width=128, heads=4, kv_heads=4, head_dim=32, ff=352, positions=64, theta=1e4, tied=True
+        vocab=264, layers=4, width=128, heads=4, kv_heads=4, head_dim=32, ff=352, positions=64, theta=1e4, tied=True
     ),
     data=Text(tokenizer=Bytes(), size=1_000_000),
     optimizer=AdamW(lr=3e-3, schedule=Cosine(warmup=0.05, final=0.0)),
