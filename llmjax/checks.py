@@ -101,6 +101,11 @@ def _check_local(run: Run, axes: Axes) -> None:
             f"guard.{field} is {getattr(run.guard, field)}, but local.every is {local.every}: workers of local SGD "
             f"judge their steps each for itself, so use abort or skip, and sigmas 0."
         )
+    if hasattr(run.optimizer, "point"):
+        raise Refused(
+            f"local.every is {local.every}, but {type(run.optimizer).__name__} keeps an average of its own beside the "
+            f"model, which an exchange would not move: use another optimizer, or 0 for synchronous training."
+        )
     most = min(local.every, layers)
     if not 0 < local.lr < math.inf:
         raise Refused(f"local.lr is {local.lr}: give a positive number.")

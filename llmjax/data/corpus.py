@@ -68,6 +68,26 @@ def _walk(root: Path, keep: Callable[[str], bool]) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
+def some(found: Sequence[tuple[str, Path]], size: int) -> list[tuple[str, Path]]:
+    """Whole files of about `size` bytes together, drawn by the SHA-256 of their names; sorted by name.
+
+    Each is taken, in the order of the draw, unless it leads past `size`: so the same files come to the same choice
+    anywhere, and no file is more than the rest of it. At least one is taken.
+    """
+
+    def draw(one: tuple[str, Path]) -> bytes:
+        return hashlib.sha256(b"some " + one[0].encode("utf-8", "surrogateescape")).digest()  # not the draw of `split`
+
+    drawn, left = sorted(found, key=draw), size
+    taken = []
+    for name, path in drawn:
+        length = path.stat().st_size if path.exists() else 0  # one that is gone is refused when it is read
+        if length <= left:
+            taken.append((name, path))
+            left -= length
+    return sorted(taken or drawn[:1])
+
+
 def read(found: Iterable[tuple[str, Path]], *, skip_other_codings: bool = False) -> tuple[list[Document], int]:
     """Reads files as UTF-8, exactly: no newline is translated. Empty files are left out.
 

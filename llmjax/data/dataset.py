@@ -231,6 +231,8 @@ class Text:
     "How text becomes tokens."
     heldout: float = 0.1
     "Fraction of the files (of the text, if there is one file) kept for evaluation."
+    size: int = 0
+    "Bytes of the corpus that are used, about: whole files, drawn by their names; 0: all."
 
     def open(self, sequence: int, cache: Path, say: Callable[[str], None] = _silent) -> TextDataset:
         """Opens the corpus as rows of `sequence` tokens, building its token store below `cache` the first time.
@@ -241,9 +243,12 @@ class Text:
         """
         if sequence < 1:
             raise Refused(f"sequence is {sequence}: give at least 1 token.", USAGE)
+        if self.size < 0:
+            raise Refused(f"data.size is {self.size}: give a number of bytes, or 0 for the whole corpus.", USAGE)
         corpus.split((), self.heldout)  # refuse a bad fraction or tokenizer before anything is read
         self.tokenizer.identity()
         found = corpus.standard_library() if self.path is None else corpus.files(self.path)
+        found = corpus.some(found, self.size) if self.size else found
         documents, skipped = corpus.read(found, skip_other_codings=self.path is None)
         if skipped:
             say(f"Skipped {skipped} of {len(found)} files: they declare another coding than UTF-8.")

@@ -4,6 +4,7 @@ import dataclasses
 
 import optax
 
+from llmjax.optim.moments import Moments, kept
 from llmjax.optim.schedules import Cosine, Schedule, rate
 from llmjax.optim.weights import matrices
 
@@ -28,8 +29,11 @@ class AdamW:
     "Added to the root of that average."
     weight_decay: float = 0.1
     "Share of a matrix that is taken off per step, times the learning rate."
+    moments: Moments = "float32"
+    "Precision of both averages between steps; see `llmjax.optim.moments`. bfloat16: half their memory."
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """See `llmjax.optim.schedules.Optimizer.build`."""
         lr = rate(self, steps)
-        return optax.adamw(lr, self.b1, self.b2, self.epsilon, weight_decay=self.weight_decay, mask=matrices)
+        tx = optax.adamw(lr, self.b1, self.b2, self.epsilon, weight_decay=self.weight_decay, mask=matrices)
+        return kept(tx, self.moments)

@@ -4,6 +4,7 @@ import dataclasses
 
 import optax
 
+from llmjax.optim.moments import Moments, kept
 from llmjax.optim.schedules import Cosine, Schedule, rate
 from llmjax.optim.weights import matrices
 
@@ -27,7 +28,10 @@ class Lion:
     "Decay of the average of gradients."
     weight_decay: float = 0.3
     "Share of a matrix that is taken off per step, times the learning rate."
+    moments: Moments = "float32"
+    "Precision of the average between steps; see `llmjax.optim.moments`. bfloat16: half its memory."
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """See `llmjax.optim.schedules.Optimizer.build`."""
-        return optax.lion(rate(self, steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=matrices)
+        tx = optax.lion(rate(self, steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=matrices)
+        return kept(tx, self.moments)

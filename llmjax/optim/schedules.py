@@ -28,7 +28,11 @@ class Schedule(Protocol):
 
 
 class Optimizer(Protocol):
-    """What an optimizer offers."""
+    """What an optimizer offers.
+
+    One whose gradients are not taken at the model's own parameters also has `point(model, opt)`, which gives the model
+    they are taken at from it and the state of `build`, or one that holds that state.
+    """
 
     lr: float
     schedule: Schedule

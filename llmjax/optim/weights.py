@@ -20,7 +20,7 @@ def rows_and_columns(path: Path, x: jax.Array) -> tuple[tuple[int, ...], tuple[i
     A vector has no rows. Dims in neither stack matrices or vectors.
     """
     words = _name(path).split("_")
-    letters = words[-1] if len(words) > 1 and words[-1].isupper() and len(words[-1]) <= x.ndim else ""
+    letters = _letters(words, x)
     if {"scale", "bias"} & set(words):
         return (), _last(len(letters) or min(x.ndim, 1))
     letters = letters or "?" * min(x.ndim, 2)
@@ -32,6 +32,25 @@ def rows_and_columns(path: Path, x: jax.Array) -> tuple[tuple[int, ...], tuple[i
 def matrices(tree: Any) -> Any:
     """Which parameters of a model are matrices, as a tree of booleans: those that weight decay is for."""
     return jax.tree_util.tree_map_with_path(lambda path, x: bool(rows_and_columns(path, x)[0]), tree)
+
+
+def hidden(tree: Any) -> Any:
+    """Which parameters are matrices between two hidden layers, as a tree of booleans: not embeddings, not the head.
+
+    Those have tokens (V) or positions (P) on one side, which a name without letters does not say: of such names, what
+    is called an embedding or a head is none, and any other matrix is one.
+    """
+
+    def inner(path: Path, x: jax.Array) -> bool:
+        words = _name(path).split("_")
+        ends = {"embed", "embedding", "head"} & set(words) or {"V", "P"} & set(_letters(words, x))
+        return bool(rows_and_columns(path, x)[0]) and not ends
+
+    return jax.tree_util.tree_map_with_path(inner, tree)
+
+
+def _letters(words: list[str], x: jax.Array) -> str:
+    return words[-1] if len(words) > 1 and words[-1].isupper() and len(words[-1]) <= x.ndim else ""
 
 
 def _name(path: Path) -> str:

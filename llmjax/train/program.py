@@ -97,7 +97,8 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     )
     tx = transformation(run)
     init = functools.partial(steps.init, run.model.init, tx)
-    step = functools.partial(steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas)
+    point = getattr(run.optimizer, "point", None)
+    step = functools.partial(steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas, point=point)
     if run.local.every:
         init = functools.partial(diloco.init, run.model.init, tx)
         step = functools.partial(diloco.train_step, loss=run.loss, tx=tx, how=run.local, last=run.steps)

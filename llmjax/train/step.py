@@ -13,6 +13,7 @@ from llmjax.train import pipeline
 from llmjax.train.loss import Batch, Sums
 
 Loss = Callable[[nnx.Module, Batch], tuple[jax.Array, Sums]]
+Point = Callable[[nnx.Module, optax.OptState], nnx.Module]
 
 RECENT = 128  # good steps that a spike is measured against
 ENOUGH = 64  # with fewer of them nothing is a spike
@@ -86,15 +87,17 @@ def train_step(
     tx: optax.GradientTransformation,
     mean: bool = True,
     sigmas: float = 0.0,
+    point: Point | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimizer step; metrics are `loss`, `grad_norm` (before clipping), the loss's sums, and `good`.
 
     A step is bad, and changes nothing, where loss or gradient norm is not finite or, with `sigmas`, a spike. With a
     watch, the steps after it change nothing either until `passed_over`, so whoever reads the metrics later still has
     the state that the bad step began with. A loss with a method `rebalance` changes by it what no gradient moves, given
-    the sums of the whole step.
+    the sums of the whole step. Loss and gradient are those at `point`, where `optim.schedules.Optimizer` has one.
     """
-    total, sums, grads = gradients(state.model, batch, loss, mean=mean)
+    at = point(state.model, state.opt) if point else state.model
+    total, sums, grads = gradients(at, batch, loss, mean=mean)
     norm = optax.tree.norm(grads)
     seen, good = _judged(state.watch, jnp.stack([total, norm]), sigmas)
 

@@ -19,6 +19,8 @@ from llmjax.models.llama import Llama
 from llmjax.optim.adafactor import Adafactor
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.lion import Lion
+from llmjax.optim.muon import Muon
+from llmjax.optim.schedule_free import ScheduleFreeAdamW
 from llmjax.optim.schedules import Constant, Cosine
 from llmjax.optim.sgd import SGD
 from llmjax.optim.weights import matrices, rows_and_columns
@@ -30,8 +32,13 @@ GPT = GPT2(vocab=96, layers=2, width=32, heads=4, head_dim=8, ff=64, positions=1
 WARM = Cosine(warmup=4)
 OPTIMIZERS = {
     "adamw": AdamW(lr=2e-2, schedule=WARM),
+    "adamw in bfloat16": AdamW(lr=2e-2, schedule=WARM, moments="bfloat16"),
     "lion": Lion(lr=3e-3, schedule=WARM),
+    "lion in bfloat16": Lion(lr=3e-3, schedule=WARM, moments="bfloat16"),
     "adafactor": Adafactor(lr=1e-1, schedule=WARM, weight_decay=0.01),
+    "muon": Muon(lr=2e-2, others_lr=2e-2, schedule=WARM),
+    "muon in bfloat16": Muon(lr=2e-2, others_lr=2e-2, schedule=WARM, moments="bfloat16"),
+    "schedule-free": ScheduleFreeAdamW(lr=4e-2, schedule=Constant(warmup=4)),
     "sgd": SGD(lr=0.3, schedule=WARM, nesterov=True),
 }
 BATCH, SEQUENCE, STEPS = 8, 16, 20
@@ -57,6 +64,7 @@ def losses(optimizer: str, layout: str, devices: int) -> np.ndarray:
     mesh, cut, compute = context(layout, devices)
     sharding, tx = NamedSharding(mesh, jax.P(None, cut.inner["B"])), OPTIMIZERS[optimizer].build(STEPS)
     gradient, model = gradients(layout, devices)
+    point = jax.jit(getattr(OPTIMIZERS[optimizer], "point", lambda model, state: model))
 
     @jax.jit
     def step(model, state, grads):
@@ -70,7 +78,7 @@ def losses(optimizer: str, layout: str, devices: int) -> np.ndarray:
             batch = dict(
                 tokens=rows[..., :-1], targets=rows[..., 1:], weights=np.ones((1, BATCH, SEQUENCE), np.float32)
             )
-            loss, _, grads = gradient(model, jax.device_put(batch, sharding))
+            loss, _, grads = gradient(point(model, state), jax.device_put(batch, sharding))
             model, state = step(model, state, grads)
             found.append(float(loss))
     return np.array(found)
@@ -84,7 +92,8 @@ def test_it_lowers_the_loss_by_a_fifth_in_twenty_steps(optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_eight_devices_under_fsdp_tp_give_the_losses_of_one(optimizer, capfd):
-    np.testing.assert_allclose(losses(optimizer, "fsdp_tp", 8), losses(optimizer, "dp", 1), rtol=1e-5)
+    close = 1e-4 if "bfloat16" in optimizer else 1e-5  # a sum in another order may be rounded to the other neighbour
+    np.testing.assert_allclose(losses(optimizer, "fsdp_tp", 8), losses(optimizer, "dp", 1), rtol=close)
     said = capfd.readouterr().err
     assert "rematerialization" not in said, f"the partitioner copies an array to every device:\n{said}"
 
@@ -121,7 +130,10 @@ def typed(tree) -> list:
     return [(jax.tree_util.keystr(path[-2:]), list(zip(shape, spec, strict=True))) for path, shape, spec in specs]
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(weight_decay=0.5), Lion(weight_decay=0.5), Adafactor(weight_decay=0.5)])
+DECAYING = [cls(weight_decay=0.5) for cls in (AdamW, Lion, Adafactor, Muon)]
+
+
+@pytest.mark.parametrize("optimizer", [*DECAYING, ScheduleFreeAdamW(weight_decay=0.5, schedule=Constant())])
 def test_decay_takes_its_share_of_matrices_and_leaves_scales_and_biases_alone(optimizer):
     tx = optimizer.build(1)
     mesh, _, compute = context("dp", 1)
@@ -133,7 +145,7 @@ def test_decay_takes_its_share_of_matrices_and_leaves_scales_and_biases_alone(op
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(
-            update, 0 if "scale" in name or "bias" in name else -0.5 * optimizer.lr, err_msg=name
+            update, 0 if "scale" in name or "bias" in name else -0.5 * optimizer.lr, rtol=1e-4, err_msg=name
         )
 
 

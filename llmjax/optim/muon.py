@@ -1,0 +1,118 @@
+"""Muon."""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llmjax.errors import Refused
+from llmjax.optim.adamw import AdamW
+from llmjax.optim.moments import Moments, kept
+from llmjax.optim.orthogonal import Sides, orthogonal
+from llmjax.optim.schedules import Cosine, Schedule, rate
+from llmjax.optim.weights import hidden, rows_and_columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """Momentum, orthogonalised, for the matrices between hidden layers; AdamW for everything else (arXiv:2502.16982).
+
+    A step of a matrix is lr * (scale * O + weight_decay * w). O is U V^T of the momentum's singular value decomposition
+    U S V^T, nearly: Newton-Schulz iterations, which are products alone, bring all but the smallest singular values to
+    0.7 to 1.2. With `scale` "rms" it is multiplied by 0.2 * sqrt(max(rows, columns)), so that weights move as far as
+    under AdamW and take its rate and weight decay; with "spectral" by sqrt(max(1, columns / rows)).
+
+    Each layer and each expert of a stack is a matrix of its own, and heads and their width are one side of it.
+    Embeddings, the head, scales and biases are AdamW's; see `llmjax.optim.weights`. One number of state per parameter
+    of a matrix and two of any other, placed as the parameter.
+
+    Where a layout cuts matrices over devices, each device orthogonalises whole matrices, its share of those of equal
+    shape: it sends its parts of the others and gets the missing ones of its own, in one all-to-all per mesh axis,
+    and one back. So it sends about its own share of the parameters twice a step, in the precision of `operands`, and
+    no product is computed twice; a stack that the devices do not divide is filled up with zeros. What is held by
+    several devices whole, as over axis data, all of these compute, as they do AdamW's step.
+    """
+
+    lr: float = 1e-3
+    "Peak learning rate of matrices."
+    schedule: Schedule = Cosine()
+    "Which share of the peak each step takes."
+    momentum: float = 0.95
+    "Decay of the sum of gradients."
+    nesterov: bool = True
+    "Look one step of momentum ahead."
+    weight_decay: float = 0.1
+    "Share of a matrix that is taken off per step, times the learning rate."
+    scale: Literal["rms", "spectral"] = "rms"
+    "How far an orthogonal step goes: as far as AdamW's, or as far for every shape in the norm from inputs to outputs."
+    iterations: int = 5
+    "Newton-Schulz iterations."
+    operands: Literal["auto", "float32", "bfloat16"] = "auto"
+    "Precision of their products. auto: float32 on CPUs, bfloat16 on accelerators."
+    others_lr: float = 1e-3
+    "Peak learning rate of AdamW, for what is not Muon's; b1, b2 and epsilon are AdamW's too, and weight_decay as well."
+    b1: float = 0.9
+    "Decay of its average of gradients."
+    b2: float = 0.95
+    "Decay of its average of squared gradients."
+    epsilon: float = 1e-8
+    "Added to the root of that average."
+    moments: Moments = "float32"
+    "Precision of momentum and averages between steps; see `llmjax.optim.moments`. bfloat16: half their memory."
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """See `llmjax.optim.schedules.Optimizer.build`."""
+        if self.iterations < 1:
+            raise Refused(f"optimizer.iterations is {self.iterations}: give at least 1, such as 5.")
+        if not 0 <= self.momentum < 1:
+            raise Refused(f"optimizer.momentum is {self.momentum}: give a share from 0 to below 1.")
+        if not 0 <= self.others_lr < math.inf:
+            raise Refused(f"optimizer.others_lr is {self.others_lr}: give a positive number.")
+        others = AdamW(self.others_lr, self.schedule, self.b1, self.b2, self.epsilon, self.weight_decay)
+        rms = self.scale == "rms"
+        matrices = optax.chain(
+            scale_by_orthogonal_momentum(self.momentum, self.nesterov, self.iterations, self.operands, rms=rms),
+            optax.add_decayed_weights(self.weight_decay),
+            optax.scale_by_learning_rate(rate(self, steps)),
+        )
+        tx = optax.partition({"matrices": matrices, "others": others.build(steps)}, _owners)
+        return kept(tx, self.moments)
+
+
+class Momentum(NamedTuple):
+    """The decayed sum of gradients of every matrix."""
+
+    momentum: optax.Params
+
+
+def scale_by_orthogonal_momentum(
+    momentum: float, nesterov: bool, iterations: int, operands: str, *, rms: bool
+) -> optax.GradientTransformation:
+    """The step of a tree of matrices before weight decay and learning rate; see `Muon`."""
+
+    def init(params):
+        return Momentum(jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads, state, params=None):
+        total = jax.tree.map(lambda g, m: g + momentum * m, grads, state.momentum)
+        ahead = jax.tree.map(lambda g, m: g + momentum * m, grads, total) if nesterov else total
+        leaves, tree = jax.tree_util.tree_flatten_with_path(ahead)
+        sides = [tuple(map(len, rows_and_columns(path, x))) for path, x in leaves]
+        steps = orthogonal([x for _, x in leaves], sides, iterations, operands)
+        scaled = [_scale(x, side, rms) * step for (_, x), side, step in zip(leaves, sides, steps, strict=True)]
+        return jax.tree.unflatten(tree, scaled), Momentum(total)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale(x: jax.Array, sides: Sides, rms: bool) -> float:
+    columns = math.prod(x.shape[x.ndim - sides[1] :])
+    rows = math.prod(x.shape[x.ndim - sum(sides) : x.ndim - sides[1]])
+    return 0.2 * math.sqrt(max(rows, columns)) if rms else math.sqrt(max(1, columns / rows))
+
+
+def _owners(params: optax.Params) -> optax.Params:
+    return jax.tree.map(lambda inner: "matrices" if inner else "others", hidden(params))
