@@ -51,8 +51,10 @@ def compare(run: Run, warmup: int, repeats: int) -> dict[str, Answer]:
     """
     sent = to_json(dataclasses.replace(run, data=Synthetic(vocab=run.model.vocab)))  # data may be of a user's class
     with contextlib.ExitStack() as stack:
-        processes = {kind: stack.enter_context(_started()) for kind in worker.KINDS}
-        found = {kind: _asked(each, json.dumps({"run": sent, "kind": kind})) for kind, each in processes.items()}
+        processes, found = {}, {}
+        for kind in worker.KINDS:  # one is ready before the next one starts; a refusal of ours starts no other
+            processes[kind] = stack.enter_context(_started())
+            found[kind] = _asked(processes[kind], json.dumps({"run": sent, "kind": kind}))
         for count in (warmup, *(-(-repeats // ROUNDS),) * ROUNDS):
             for kind, process in processes.items():
                 if count and "failed" not in found[kind]:
