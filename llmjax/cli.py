@@ -230,10 +230,10 @@ def _train(run: "Run", arguments: list[str], notice: Notice) -> int:
 
 
 def _bench(run: "Run", arguments: list[str]) -> int:
-    from llmjax.commands.bench import Timing, bench
+    from llmjax.commands.bench import Options, bench
 
     about = f"Times the train step of {run.name} on random tokens; writes nothing but --json."
-    return bench(*_with_options(run, Timing(), arguments, "bench", about))
+    return bench(*_with_options(run, Options(), arguments, "bench", about))
 
 
 def _plan(arguments: list[str]) -> int:

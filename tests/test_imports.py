@@ -19,7 +19,7 @@ ORDER = (
     ("models", "optim", "data", "checkpoint"),
     ("train",),
     ("plan",),
-    ("evaluate", "report"),
+    ("bench", "evaluate", "report"),
     ("commands",),  # each puts the rooms above together
     ("cli",),
 )

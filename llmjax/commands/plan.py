@@ -7,7 +7,8 @@ from pathlib import Path
 
 from llmjax import mesh as meshes
 from llmjax import processes as system
-from llmjax.commands import bench, plan_meshes, plan_published, plan_tables
+from llmjax.bench import timing
+from llmjax.commands import plan_meshes, plan_published, plan_tables
 from llmjax.commands.plan_tables import Experiment
 from llmjax.errors import DONE, IO, UNEQUAL, Refused
 from llmjax.plan import calibrate, compiled, contract, kept, slices
@@ -159,7 +160,7 @@ def measurer(run: Run, processes: Processes):
         run = dataclasses.replace(found.run, accumulate=found.accumulate)
         program = make(run, meshes.device_mesh(found.sizes, devices, run.mesh.slices), run.mesh.chip)
         with program.context():
-            _, seconds = bench.time_steps(program, bench.Timing(warmup=2, repeats=8))
+            seconds = timing.time_steps(program, warmup=2, repeats=8)
         return statistics.median(seconds)
 
     return measure
