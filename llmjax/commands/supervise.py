@@ -90,9 +90,11 @@ def supervise(asked: Options, words: Sequence[str], spare: Sequence[str] = (), m
                 give_up(idle)
                 return shown(last.code)
             seconds = pause(asked.pause, len(idle), last.code)
-            say(f"start {attempt} {last.why} at step {last.step}: starting again in {seconds:.1f} s{where(last)}.")
-            if last.folder and first_process(words):
-                record(last.folder, code=last.code, reason=last.why, attempt=attempt)
+            # A start may die before it says where its run is.
+            folder = next((start.folder for start in reversed(starts) if start.folder), None)
+            say(f"start {attempt} {last.why} at step {last.step}: starting again in {seconds:.1f} s{where(folder)}.")
+            if folder and first_process(words):
+                record(folder, code=last.code, reason=last.why, attempt=attempt)
             if not sleep(seconds, lambda: charge.asked):
                 return shown(last.code)
 
@@ -206,9 +208,9 @@ def ended(code: int) -> str:
     return known.get(code, f"ended with code {code}")
 
 
-def where(start: Start) -> str:
+def where(folder: Path | None) -> str:
     """Where the next start goes on, as a part of a sentence."""
-    saved = checkpoints.steps(start.folder / "checkpoints") if start.folder else []
+    saved = checkpoints.steps(folder / "checkpoints") if folder else []
     return f", from the checkpoint of step {saved[-1]}" if saved else ""
 
 

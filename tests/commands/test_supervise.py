@@ -155,6 +155,12 @@ def test_a_restart_is_one_line_that_says_why_how_long_and_from_where(ran, folder
     assert line.endswith(" 0.0 s, from the checkpoint of step 8.")
 
 
+def test_a_start_that_dies_before_it_says_where_its_run_is_is_recorded_there_too(ran, folder):
+    assert ran([4, -9], [0, -9], [5, 0]).code == 0
+    found = [(e["kind"], e["attempt"]) for e in read(folder / "run" / "events.jsonl")]
+    assert found == [("restart", 1), ("restart", 2)]
+
+
 def test_half_a_line_at_the_end_of_the_ledger_does_not_spoil_the_next(ran, folder):
     (folder / "run" / "events.jsonl").write_text('{"kind": "start", "step": 0}\n{"kind": "sav')
     assert ran([1, -9], [2, 0]).code == 0
