@@ -3,7 +3,8 @@
     python -m experiments.learning --json learning.json
 
 AdamW trains for 2,000 steps; Muon, in a run of its own length, is evaluated as it goes, and the first evaluation on all
-held-out text that is no worse counts. Time is that of the training steps up to there, the compiling first one left out. Not measured yet.
+held-out text that is no worse counts. Time is that of the training steps up to there, the compiling first one left out.
+Not measured yet.
 """
 
 import dataclasses
