@@ -1,6 +1,10 @@
 """A small Llama on one megabyte of Python's standard library, a token per byte, under a tuned AdamW.
 
-llmjax train chars_adamw
+    llmjax train chars_adamw
+
+Settings are the best of nine tries of 1,000 steps, of seed 0 alone (2026-11-25, Python 3.11, jax 0.10.2): 1.400 nats
+per byte of held-out files, where b1 0.9 reached 1.408 to 1.425 for rates from 1.5e-3 to 3e-3, and 1.497 for 6e-3. The
+2,000 steps are not measured yet; with b1 0.9 they reached 1.315.
 """
 
 from llmjax.data.dataset import Text
@@ -17,7 +21,7 @@ run = Run(
         vocab=264, layers=4, width=128, heads=4, kv_heads=4, head_dim=32, ff=352, positions=64, theta=1e4, tied=True
     ),
     data=Text(tokenizer=Bytes(), size=1_000_000),
-    optimizer=AdamW(lr=3e-3, schedule=Cosine(warmup=0.05, final=0.0)),
+    optimizer=AdamW(lr=2e-3, b1=0.8, schedule=Cosine(warmup=0.05, final=0.0)),
     loss=NextToken(),
     mesh=local.cluster,
     steps=2000,
