@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from llmjax.errors import Refused
 from llmjax.models import blocked, cudnn, nn, reference, ring, splash
 
 
@@ -53,6 +54,8 @@ def attention(
     q_BTGRK = jnp.reshape(q_BTHK, (B, T, G, H // G, K), out_sharding=place("BTGRK"))
     with jax.named_scope("scores"):
         if nn.ring():
+            if window:
+                raise Refused(f"attention has a window of {window} positions, and a ring has none: use cp instead.")
             o_BTGRK = ring.attend(q_BTGRK, k_BTGK, v_BTGK, segments_BT)
         else:  # every device sees all keys: no layout cuts the dim "_"
             k_BSGK, v_BSGK = (jax.reshard(x, place("B_GK")) for x in (k_BTGK, v_BTGK))

@@ -20,11 +20,10 @@ def attend(
     if segments is not None:
         return blocked.attend(window, q_BTGRK, k_BSGK, v_BSGK, segments)
     place = jax.typeof(q_BTGRK).sharding.spec
-    mesh = jax.sharding.get_abstract_mesh()
     on_devices = jax.shard_map(
         functools.partial(_on_device, window),
         out_specs=place,
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        axis_names=nn.unclaimed(),
         check_vma=False,  # nor does this kernel say over which axes its result varies
     )
     return on_devices(q_BTGRK, k_BSGK, v_BSGK)

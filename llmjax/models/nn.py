@@ -6,7 +6,6 @@ A model file says only the maths. Where each array lives and in which precision 
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -36,8 +35,8 @@ class Compute:
     remat: str = "none"  # what the backward pass computes again: none, full, or all but the products (dots)
     unroll: int = 1  # layers per turn of the loop over them
     pipeline: Pipeline = Pipeline()  # how microbatches pass through the stages
-    attention: str = "reference"  # the kernel: reference, blocked, splash or cudnn
-    block: int = 1024  # most positions in a block of a TPU's kernel
+    attention: str = "reference"  # or blocked, splash, cudnn, ring
+    block: int = 1024  # most positions in a block of attention
     interpret: bool = False  # run that kernel by what it means, on any platform
 
 
@@ -200,11 +199,6 @@ def open_sums(model: nnx.Module) -> nnx.Module:
     return jax.tree.map(opened, model)
 
 
-def ways(cut: str | tuple[str, ...] | None) -> int:
-    """Into how many parts these mesh axes cut."""
-    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in layouts.axes_of(cut))
-
-
 def stages() -> int:
     """How many stages the layers are cut into."""
     cut = pipeline.STAGE in layouts.axes_of(how().layout.params.get("L"))
@@ -218,17 +212,21 @@ def ring() -> str | None:
     return axes[0] if axes else None
 
 
+def unclaimed() -> set[str]:
+    """The mesh axes that this part of the program does not have to itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return set(mesh.axis_names) - set(mesh.manual_axes)
+
+
 def on_devices(call: Callable, places: Any, *args):
     """`call(*args)` of what every device holds, for results that are cut as `places` says; not differentiable.
 
     It is manual over every axis, also those that nothing is said over: they would be left to the partitioner, which
     gathers at the border (jax 0.10).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = set(mesh.axis_names) - set(mesh.manual_axes)
     # Callers have derivatives of their own, so there is nothing here to keep. Without saying so, JAX moves what no
     # layer changes, such as masks, out of the loop over layers, and cannot where this is inside a pipeline's shard_map.
-    return jax.checkpoint(jax.shard_map(call, out_specs=places, axis_names=axes))(*args)
+    return jax.checkpoint(jax.shard_map(call, out_specs=places, axis_names=unclaimed()))(*args)
 
 
 def order(length: int) -> np.ndarray:

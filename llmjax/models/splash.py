@@ -1,11 +1,14 @@
 """Attention in one TPU kernel that skips what the mask hides: JAX's Pallas splash attention, one call per sequence."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
-from llmjax.models import nn
+from llmjax.layout import axes_of
+from llmjax.models import nn, pipeline
 
 LANES = 128  # what a block of positions is a multiple of
 COMPUTE = 512  # keys that are looked at at once, within a block
@@ -17,16 +20,14 @@ def attend(
     """See `llmjax.models.reference.attend`. T on one device, and S, are multiples of 128."""
     place = jax.typeof(q_BTGRK).sharding.spec
     kernel, specs = _kernel(window, q_BTGRK.shape, k_BSGK.shape[1], place)
-    mesh = jax.sharding.get_abstract_mesh()
     keys = jax.typeof(k_BSGK).sharding.spec
     segment_places = None if segments is None else (P(*place[:2]), P(*keys[:2]))
-    # check_vma: Pallas kernels do not say over which axes their results vary
     on_devices = jax.shard_map(
         _on_device,
         in_specs=(specs, place, keys, keys, segment_places),
         out_specs=place,
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
-        check_vma=False,
+        axis_names=nn.unclaimed(),
+        check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )
     return on_devices(kernel, q_BTGRK, k_BSGK, v_BSGK, segments)
 
@@ -37,11 +38,11 @@ def _kernel(window: int, shape: tuple[int, ...], S: int, place: P):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = [nn.ways(cut) for cut in place]
     _, T, G, R, _ = shape
-    heads = G * R // (sizes[2] * sizes[3])
+    _, parts, *heads_ways, _ = (pipeline.ways(axes_of(cut)) for cut in place)
+    heads = G * R // math.prod(heads_ways)
     mask = masks.LocalMask((T, S), (window - 1, 0), 0) if window else masks.CausalMask((T, S))
-    block = largest(T // sizes[1], nn.how().block)
+    block = largest(T // parts, nn.how().block)
     across = min(block, COMPUTE)
     blocks = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=across, block_q_dkv=block, block_kv_dkv=block,
@@ -51,7 +52,7 @@ def _kernel(window: int, shape: tuple[int, ...], S: int, place: P):
         masks.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
         head_shards=1,
-        q_seq_shards=sizes[1],
+        q_seq_shards=parts,
         residual_checkpoint_name=nn.ATTENTION,
         interpret=nn.how().interpret,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import P
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
@@ -49,6 +50,11 @@ class Program:
         placed = jax.sharding.use_abstract_mesh if isinstance(self.mesh, AbstractMesh) else jax.set_mesh
         with placed(self.mesh), nn.compute(self.compute):
             yield
+
+    def differentiated(self, state: steps.State) -> nnx.Module:
+        """The model that a step of this state takes its gradient at."""
+        point = getattr(self.run.optimizer, "point", None)
+        return point(state.model, state.opt) if point else state.model
 
     def batch_sharding(self) -> NamedSharding:
         """Where a batch with leading dims [A, B] lives."""
@@ -97,8 +103,9 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     )
     tx = transformation(run)
     init = functools.partial(steps.init, run.model.init, tx)
-    point = getattr(run.optimizer, "point", None)
-    step = functools.partial(steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas, point=point)
+    step = functools.partial(
+        steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas, point=getattr(run.optimizer, "point", None)
+    )
     if run.local.every:
         init = functools.partial(diloco.init, run.model.init, tx)
         step = functools.partial(diloco.train_step, loss=run.loss, tx=tx, how=run.local, last=run.steps)
@@ -124,7 +131,7 @@ def in_bfloat16(run: Run, chip: Chip) -> bool:
 
 
 def kernel(run: Run, axes: Axes, chip: Chip) -> str:
-    """How attention is computed.
+    """How attention is computed: as the run says, but around a ring where the layout has one.
 
     Raises:
       Refused: the run names a kernel that cannot be used here.
@@ -132,6 +139,8 @@ def kernel(run: Run, axes: Axes, chip: Chip) -> str:
     head_dim = run.model.sizes().get("K") if hasattr(run.model, "sizes") else None
     if not head_dim:  # there is no attention
         return "reference"
+    if ways(run.layout.inner.get("S"), axes) > 1:
+        return "ring"
     ways_T = ways(run.layout.inner.get("T"), axes)
     shapes = dict(positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=in_bfloat16(run, chip))
     if why := kernels.lacks(run.attention, chip.platform, **shapes):

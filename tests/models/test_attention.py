@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import re
 
 import jax
@@ -13,10 +14,12 @@ from experiments import stdlib_tiny
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.errors import Refused
-from llmjax.models import blocked, nn, splash
+from llmjax.models import blocked, kernels, nn, splash
 from llmjax.models.attention import attention
+from llmjax.plan import topology
 from llmjax.train import program
 from meshes import cpu8, h200, v5p_64
+from meshes.chips import TPU_V5E, TPU_V5P, TPU_V6E
 
 T = 256
 
@@ -88,7 +91,7 @@ def test_cut_over_devices_the_numbers_stay(kernel, layout, axes):
 
 
 def test_blocks_divide_the_sequence_and_are_not_tiny():
-    assert [blocked.block(n) for n in (64, 128, 256, 1000, 509, 8192)] == [64, 128, 128, 125, 509, 128]
+    assert [blocked.block(n, 512) for n in (64, 256, 1000, 509, 521, 8192)] == [64, 256, 500, 509, 521, 512]
     assert [splash.largest(n, 1024) for n in (128, 384, 4096, 64, 1000)] == [128, 128, 1024, 0, 0]
 
 
@@ -118,3 +121,57 @@ def test_a_kernel_that_cannot_run_here_is_refused_when_asked_for(kernel, changes
     run = dataclasses.replace(run, **changes)
     with pytest.raises(Refused, match=re.escape(said)):
         program.kernel(run, meshes.Axes(*[1] * 6), run.mesh.chip)
+
+
+def test_a_ring_has_its_own_way_and_no_windows():
+    run = dataclasses.replace(stdlib_tiny.run, mesh=cpu8.cluster, layout=layouts.ring, attention="blocked")
+    assert program.kernel(run, meshes.Axes(1, 1, 1, 1, 2, 1), cpu8.cluster.chip) == "ring"
+    with pytest.raises(Refused, match="attention has a window of 100 positions, and a ring has none"):
+        attended("ring", "ring", 2, 100, False, context=2)
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_cudnn_is_asked_for_a_causal_mask_and_a_window_and_never_for_a_mask_of_all_pairs(window, monkeypatch):
+    """The program for a GPU, as it is lowered; nothing of it runs here."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91200)
+    mesh = meshes.device_mesh(meshes.Axes(1, 1, 2, 1, 1, 2), jax.devices()[:4])
+    how = nn.Compute(layouts.fsdp_tp, operands="bfloat16", activations="bfloat16", attention="cudnn")
+
+    def weighed(q, k, v):
+        q, k, v = (jax.reshard(x, how.layout.gathered(dims)) for x, dims in ((q, "BTHK"), (k, "BTGK"), (v, "BTGK")))
+        return jnp.sum(attention(q, k, v, window=window).astype(jnp.float32))
+
+    with jax.set_mesh(mesh), nn.compute(how):
+        q, k = (jax.ShapeDtypeStruct((2, T, heads, 64), jnp.bfloat16) for heads in (4, 2))
+        text = jax.jit(jax.grad(weighed, (0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"__cudnn[$\w]+", text)) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    assert set(re.findall(r"mask_type\\22: \\22(\w+)", text)) == {"CAUSAL"}
+    assert set(re.findall(r"sliding_window_length\\22: (\d+)", text)) == {str(window)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("chip", "slice_"), [(TPU_V5E, "2x2"), (TPU_V5P, "2x2x1"), (TPU_V6E, "2x2")], ids=["v5e", "v5p", "v6e"]
+)
+def test_the_kernel_compiles_for_tpus_with_the_blocks_it_gets_there(chip, slice_, head_dim, documents):
+    cluster = meshes.Cluster("four", chip, chips=4, topology=slice_)
+    mesh = meshes.device_mesh(meshes.Axes(1, 1, 2, 1, 1, 2), topology.devices(cluster))
+    block = kernels.BLOCK.get(chip.name, kernels.NARROWER)
+    how = nn.Compute(layouts.fsdp_tp, "bfloat16", "bfloat16", attention="splash", block=block)
+
+    def weighed(q, k, v, segments):
+        return jnp.sum(attention(q, k, v, segments if documents else None).astype(jnp.float32))
+
+    def shape(dims, *sizes, dtype=jnp.bfloat16):
+        place = jax.NamedSharding(mesh, how.layout.gathered(dims))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    with jax.set_mesh(mesh), nn.compute(how):
+        q, k = shape("BTHK", 2, 4096, 8, head_dim), shape("BTGK", 2, 4096, 2, head_dim)
+        segments = shape("BT", 2, 4096, dtype=jnp.int32)
+        text = jax.jit(jax.grad(weighed, (0, 1, 2))).lower(q, k, k, segments).compile().as_text()
+    assert text.count("tpu_custom_call") >= 2  # forward, and one for all gradients
+    assert f'block_q": {block}' in text.replace("\\", "")

@@ -17,6 +17,7 @@ from llmjax.models.llama import Llama
 from llmjax.optim.schedule_free import ScheduleFreeAdamW
 from llmjax.optim.schedules import Constant, Linear
 from llmjax.run import DiLoCo, Run
+from llmjax.train import blackbox
 from llmjax.train.loss import NextToken
 from llmjax.train.program import make
 from meshes import chips, cpu8
@@ -83,3 +84,18 @@ def test_workers_of_local_sgd_cannot_have_it():
 def test_a_share_that_leaves_no_average_is_refused():
     with pytest.raises(Refused, match=r"optimizer.b1 is 1.0: give"):
         ScheduleFreeAdamW(b1=1.0).build(10)
+
+
+def test_the_norms_that_the_black_box_keeps_are_of_the_gradients_that_the_step_took():
+    program = make(RUN, meshes.device_mesh(ONE, jax.devices()[:1]), chips.CPU)
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 64, (1, 4, 16)).astype(np.int32)
+    batch = dict(tokens=tokens, targets=np.roll(tokens, -1, 2), weights=np.ones(tokens.shape, np.float32))
+    with program.context():
+        state = program.init(jax.random.key(0))
+        for _ in range(2):  # x and z are the same before the second step ends
+            state, _ = program.step(state, batch)
+        facts = blackbox.contents(program, state, 3, batch, np.arange(4), 0.0, 0.0)
+        _, metrics = program.step(state, batch)
+    whole = np.sqrt(sum(norm**2 for norm in facts["gradient_norms"].values()))
+    np.testing.assert_allclose(whole, metrics["grad_norm"], rtol=1e-5)

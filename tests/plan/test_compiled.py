@@ -52,6 +52,12 @@ def test_a_gpu_cluster_is_compiled_for_emulated_devices(on_gpus):
     assert report.time is None and not report.refusal and not report.cached
 
 
+def test_a_run_that_takes_the_gpu_s_own_attention_is_compiled_with_one_that_emulated_devices_have():
+    run = dataclasses.replace(tiny(H100X4), attention="cudnn")
+    report = compiled.report(run, program.resolve(run, 4))
+    assert report.fits and not report.refusal
+
+
 def test_communication_is_listed_by_module_with_the_turns_of_the_layers(on_gpus):
     _, report = on_gpus
     gathered = {row.module: row for row in report.rows if row.kind == "all-gather"}
