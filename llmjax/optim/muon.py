@@ -11,7 +11,7 @@ import optax
 from llmjax.errors import Refused
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.moments import Moments, kept
-from llmjax.optim.orthogonal import Sides, orthogonal
+from llmjax.optim.orthogonal import Sides, orthogonal, rows_by_columns
 from llmjax.optim.schedules import Cosine, Schedule, rate
 from llmjax.optim.weights import hidden, rows_and_columns
 
@@ -109,8 +109,7 @@ def scale_by_orthogonal_momentum(
 
 
 def _scale(x: jax.Array, sides: Sides, rms: bool) -> float:
-    columns = math.prod(x.shape[x.ndim - sides[1] :])
-    rows = math.prod(x.shape[x.ndim - sum(sides) : x.ndim - sides[1]])
+    rows, columns = rows_by_columns(x, sides)
     return 0.2 * math.sqrt(max(rows, columns)) if rms else math.sqrt(max(1, columns / rows))
 
 

@@ -48,6 +48,12 @@ def orthogonal(xs: Sequence[jax.Array], sides: Sequence[Sides], iterations: int,
     return jax.shard_map(call, in_specs=(specs,), out_specs=specs, axis_names=mine)(list(xs))
 
 
+def rows_by_columns(x: jax.Array, sides: Sides) -> tuple[int, int]:
+    """The size of an array's matrices."""
+    first, second = x.ndim - sum(sides), x.ndim - sides[1]
+    return math.prod(x.shape[first:second]), math.prod(x.shape[second:])
+
+
 def _in_precision(call, operands: str, xs: list[jax.Array]) -> list[jax.Array]:
     on_cpu = functools.partial(call, together=1)  # caches hold one matrix, and its products keep all cores busy
     elsewhere = functools.partial(call, together=TOGETHER)
@@ -87,9 +93,7 @@ def _on_device(xs, *, shapes, cuts, sides, iterations, together, dtype) -> list[
 
 def _matrices(x: jax.Array, sides: Sides, turned: bool) -> jax.Array:
     """[N, R, C] of an array, rows no more than columns."""
-    columns = math.prod(x.shape[x.ndim - sides[1] :])
-    rows = math.prod(x.shape[x.ndim - sum(sides) : x.ndim - sides[1]])
-    x_NRC = x.reshape(-1, rows, columns)
+    x_NRC = x.reshape(-1, *rows_by_columns(x, sides))
     return jnp.swapaxes(x_NRC, 1, 2) if turned else x_NRC
 
 
