@@ -45,7 +45,8 @@ def generate(asked: Generate) -> int:
     if not (folder / "tokenizer.json").is_file():
         raise Refused(f"{folder} has no tokenizer.json: only runs trained on text can complete text.", DATA)
     tokenizer = load(folder / "tokenizer.json")
-    run = dataclasses.replace(run, mesh=names.load("meshes", asked.mesh, "cluster"), axes=Axes(), accumulate=1)
+    mesh = names.load("meshes", asked.mesh, "cluster")
+    run = dataclasses.replace(run, mesh=mesh, axes=Axes(), accumulate=1, attention="reference")
     devices = processes.start(run.mesh, processes.Processes())
     mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
     program = make(run, mesh, meshes.chip_of(run.mesh, devices))

@@ -106,6 +106,7 @@ def complete(
         if not prompt:
             raise Refused("a prompt is empty and the tokenizer has no token to begin with: give --prompt some text.")
         tokens_BT[row, : len(prompt)], length_B[row] = prompt, len(prompt)
-    out_BT = np.asarray(continue_tokens(model, jnp.asarray(tokens_BT), jnp.asarray(length_B), how))
+    with nn.compute(dataclasses.replace(nn.how(), attention="reference")):  # which takes prompts of any length
+        out_BT = np.asarray(continue_tokens(model, jnp.asarray(tokens_BT), jnp.asarray(length_B), how))
     new = [out_BT[row, length_B[row] : length_B[row] + how.tokens].tolist() for row in range(len(prompts))]
     return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in new]

@@ -23,6 +23,7 @@ from llmjax.mesh import Axes, Chip, Cluster
 from llmjax.plan import buffers, collectives, cost, hlo, links, schedule, topology
 from llmjax.plan.buffers import Buffer
 from llmjax.plan.cost import Roofline
+from llmjax.plan.estimate import traceable
 from llmjax.plan.schedule import Row, Time
 from llmjax.plan.topology import NoCompiler
 from llmjax.run import Run, from_json, to_json
@@ -130,9 +131,7 @@ def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofli
     count = math.prod(sizes.sizes())
     if chip.platform != "tpu" and len(_emulated(count)) < count:
         return _in_another_process(run, sizes, cache)
-    if run.attention == "cudnn":  # which emulated devices have not got
-        run = dataclasses.replace(run, attention="blocked")
-    made = program.make(run, mesh(run.mesh, sizes), chip)
+    made = program.make(traceable(run), mesh(run.mesh, sizes), chip)
     state = like(made.abstract_state(), made.mesh)
     with made.context():
         lowered = made.step.lower(state, made.abstract_batch())

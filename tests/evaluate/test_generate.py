@@ -21,11 +21,13 @@ PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
 @functools.cache
-def completed(how: Sampling, devices: int = 1, layout: str = "dp", end: int | None = None) -> list[list[int]]:
+def completed(
+    how: Sampling, devices: int = 1, layout: str = "dp", end: int | None = None, attention: str = "reference"
+) -> list[list[int]]:
     layout = layouts.preset(layout)
     axes = meshes.fill(meshes.Axes(), devices, used=layout.axes(), rest=layout.rest(), tensor=2)
     mesh = meshes.device_mesh(axes, jax.devices()[:devices])
-    with jax.set_mesh(mesh), nn.compute(nn.Compute(layout=layout)):
+    with jax.set_mesh(mesh), nn.compute(nn.Compute(layout=layout, attention=attention)):
         model = jax.jit(TINY.init)(jax.random.key(0))
         return complete(model, PROMPTS, how, positions=TINY.positions, end=end)
 
@@ -46,6 +48,11 @@ def test_greedy_takes_the_likeliest_token_after_every_prefix():
 @pytest.mark.parametrize("layout", ["fsdp_tp", "fsdp_tp_sp", "ring", "fsdp_cp"])
 def test_eight_devices_complete_as_one_does(layout):
     assert completed(DRAWN, 8, layout) == completed(DRAWN)
+
+
+@pytest.mark.parametrize("attention", ["blocked", "splash", "cudnn"])
+def test_a_model_that_was_trained_with_any_attention_completes_here(attention):
+    assert completed(DRAWN, attention=attention) == completed(DRAWN)
 
 
 def test_a_seed_gives_the_same_text_again_and_another_seed_another():

@@ -12,7 +12,7 @@ from llmjax.errors import Refused
 from llmjax.mesh import Axes, Cluster
 from llmjax.models.llama import Llama
 from llmjax.names import load
-from llmjax.plan import compiled
+from llmjax.plan import compiled, estimate
 from llmjax.run import Run, from_json, to_json
 from llmjax.train import program
 from meshes.chips import H100, TPU_V5E
@@ -54,7 +54,9 @@ def test_a_gpu_cluster_is_compiled_for_emulated_devices(on_gpus):
 
 def test_a_run_that_takes_the_gpu_s_own_attention_is_compiled_with_one_that_emulated_devices_have():
     run = dataclasses.replace(tiny(H100X4), attention="cudnn")
-    report = compiled.report(run, program.resolve(run, 4))
+    found = estimate.estimate(run)
+    estimate.type_check(found)
+    report = compiled.report(run, found.sizes)
     assert report.fits and not report.refusal
 
 
