@@ -22,7 +22,6 @@ from llmjax.errors import Refused
 from llmjax.mesh import Axes, Chip, Cluster
 from llmjax.plan import buffers, collectives, cost, hlo, links, schedule, topology
 from llmjax.plan.buffers import Buffer
-from llmjax.plan.cost import Roofline
 from llmjax.plan.estimate import traceable
 from llmjax.plan.schedule import Row, Time
 from llmjax.plan.topology import NoCompiler
@@ -114,11 +113,11 @@ def _emulated(count: int) -> list[jax.Device]:
     return jax.devices("cpu")[:count]
 
 
-def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofline = lambda call: None) -> Report:
+def report(run: Run, sizes: Axes, *, cache: Path | None = None) -> Report:
     """Compiles the run's train step for its own cluster with axes of these sizes.
 
-    A report is kept in `cache` under a hash of the traced program, the versions and the cluster. `roofline` gives the
-    seconds of a custom call of its own, such as a Pallas kernel; those it does not know are listed as unknown.
+    A report is kept in `cache` under a hash of the traced program, the versions and the cluster. Custom calls
+    other than splash attention, such as a Pallas kernel of one's own, are listed as unknown.
 
     Raises:
       NoCompiler: the TPU compiler is missing or not the right one; the analytic model is all there is.
@@ -135,18 +134,18 @@ def report(run: Run, sizes: Axes, *, cache: Path | None = None, roofline: Roofli
     state = like(made.abstract_state(), made.mesh)
     with made.context():
         lowered = made.step.lower(state, made.abstract_batch())
-    file = cache / f"{_key(lowered.as_text(), run.mesh, sizes, roofline)}.json" if cache else None
+    file = cache / f"{_key(lowered.as_text(), run.mesh, sizes)}.json" if cache else None
     known = _cached(file) if file else None
     if known is not None:
         return dataclasses.replace(known, cached=True, seconds=time.perf_counter() - began)
-    found = _compiled(made, state, lowered, sizes, chip, roofline)
+    found = _compiled(made, state, lowered, sizes, chip)
     found = dataclasses.replace(found, seconds=time.perf_counter() - began)
     if file:
         _store(file, found)
     return found
 
 
-def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, chip: Chip, roofline) -> Report:
+def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, chip: Chip) -> Report:
     held = dict(
         parameters=bytes_per_device(state.model, made.mesh),
         optimizer=bytes_per_device(state.opt, made.mesh) + 4,
@@ -167,7 +166,7 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
         listed = said.buffers or (_largest_elsewhere(made.run, sizes) if chip.platform == "tpu" else ())
         return Report(said.sentence, memory, listed, (), None, {}, (), **about)
     module = hlo.parse(executable.as_text())
-    read = schedule.read(module, made.mesh, made.run.mesh, sizes, roofline)
+    read = schedule.read(module, made.mesh, made.run.mesh, sizes)
     return Report(
         refusal="",
         memory=_memory(executable, held, chip.platform == "tpu"),
@@ -213,14 +212,13 @@ def versions(cluster: Cluster) -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
-def _key(traced: str, cluster: Cluster, sizes: Axes, roofline: Roofline) -> str:
+def _key(traced: str, cluster: Cluster, sizes: Axes) -> str:
     """Everything that decides a report: the program traced, the readers of what is compiled, the machine."""
     readers = b"".join(
         Path(file).read_bytes()
         for file in (__file__, *(module.__file__ for module in (hlo, schedule, buffers, collectives, cost, links)))
     )
-    kernels = f"{roofline.__module__}.{roofline.__qualname__}"
-    what = json.dumps([kernels, versions(cluster), to_json(cluster), to_json(sizes)]).encode()
+    what = json.dumps([versions(cluster), to_json(cluster), to_json(sizes)]).encode()
     return hashlib.sha256(b"\0".join((traced.encode(), readers, what))).hexdigest()[:32]
 
 

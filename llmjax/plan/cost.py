@@ -1,8 +1,9 @@
 """What one instruction of a TPU program costs, and which part of the model it belongs to."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from llmjax.mesh import Chip
 from llmjax.plan import hlo
@@ -22,8 +23,6 @@ KNOWN_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "Asyn
                "ZeroCrop"}  # fmt: skip
 SMALL = 1 << 16  # bytes below which something that the compiler gives no cycles for takes no time
 
-Roofline = Callable[[Instruction], float | None]
-
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -42,7 +41,7 @@ def clock(chip: Chip) -> float | None:
     return chip.flops / per_cycle if per_cycle and chip.flops else None
 
 
-def cost(module: Module, computation: str, x: Instruction, chip: Chip, roofline: Roofline) -> Cost:
+def cost(module: Module, computation: str, x: Instruction, chip: Chip) -> Cost:
     """The compiler's cycles of an instruction that computes; what has none costs what its bytes take to pass."""
     rate, cycles = clock(chip), x.cycles()
     if x.opcode in FREE or rate is None or (x.opcode == "custom-call" and x.target() in KNOWN_CALLS):
@@ -51,14 +50,30 @@ def cost(module: Module, computation: str, x: Instruction, chip: Chip, roofline:
         return Cost(unknown="call-start on the sparse core, taken to be hidden")
     part = "attention" if "scores" in hlo.origin(module, computation, x).split("/") else ""
     if x.opcode == "custom-call":
-        seconds = roofline(x)
-        unknown = f"custom-call {x.target()}, {_kernel(x)}" if seconds is None else ""
-        return Cost(seconds or 0.0, part or "other", unknown)
+        if flops := attention_flops(x):
+            return Cost(flops / (chip.flops * chip.efficiency.attention), "attention")
+        return Cost(0.0, part or "other", f"custom-call {x.target()}, {_kernel(x)}")
     if cycles is None:
         size = _written(module.computations[computation], x)
         known = size <= SMALL or calls(module, x, "AsyncCollectiveDone")
         return Cost() if known else Cost(2 * size / chip.bandwidth, "memory", f"{x.opcode} without cycles")
     return Cost(cycles / rate, part or ("matmul" if multiplies(module, x) else "memory"))
+
+
+def attention_flops(x: Instruction) -> float:
+    """FLOPs of a call of splash attention, of the causal triangle alone; 0: it is another call.
+
+    Two products of T x S x K for every head forward; and five for the gradients, the scores again among them.
+    """
+    products = 2 * x.name.startswith("splash_mha_fwd") + 5 * x.name.startswith("splash_mha_dkv")
+    if not products:
+        return 0.0
+    q, k, *_ = (
+        array
+        for array in hlo.arrays_of(x.attributes.partition("operand_layout_constraints=")[2])
+        if "f" in array.dtype and len(array.shape) > 2
+    )
+    return products * 2 * math.prod(q.shape) * k.shape[-2] / 2
 
 
 def calls(module: Module, x: Instruction, target: str) -> bool:

@@ -115,7 +115,8 @@ def parse(text: str) -> Module:
       ValueError: there is no entry computation in it.
     """
     computations, roots, entry, current = {}, {}, None, None
-    for line in text.splitlines():
+    whole = re.sub(r'\n(?="|\}\})', " ", text)  # what is said of a kernel goes on over lines
+    for line in whole.splitlines():
         if current is None:
             if head := _HEAD.match(line):
                 current = head[2]

@@ -19,7 +19,7 @@ from llmjax.models import nn
 from llmjax.models.moe import SLACK
 from llmjax.models.pipeline import ticks
 from llmjax.models.shapes import LAYER, Matrix
-from llmjax.plan.work import cut
+from llmjax.plan.work import cut, is_fused
 from llmjax.run import Run
 from llmjax.train import diloco, program
 from llmjax.train import step as steps
@@ -164,10 +164,11 @@ def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
     capacity = getattr(run.model, "capacity", 0)
     rounds = bool(met) and not capacity and ways(layout.inner.get("E"), sizes) > 1
     routed = met * (capacity or (SLACK if rounds else 1))
+    keys = run.sequence if ring == 1 else 3 / 2 * run.sequence / (2 * ring)
     return Part(
         tokens=tokens / inside,
         stream=tokens / ways(layout.stream.get("T"), sizes),
-        keys=run.sequence if ring == 1 else 3 / 2 * run.sequence / (2 * ring),
+        keys=0 if is_fused(run, sizes) else keys,
         number=2 if bfloat16 else 4,
         layers=layers,
         passes=passes,

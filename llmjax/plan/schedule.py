@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from llmjax.mesh import Axes, Cluster
 from llmjax.plan import collectives, hlo, links
-from llmjax.plan.cost import Roofline, calls, clock, cost, part_of
+from llmjax.plan.cost import calls, clock, cost, part_of
 from llmjax.plan.hlo import Instruction, Module, Numbers
 
 HOLDERS = {"fusion", "call", "async-start", "call-start"}  # a call-start runs on a TPU's sparse core, beside the rest
@@ -49,7 +49,7 @@ class Time:
     memory: float
     "Fusions without a product, and what has no cycles by its bytes."
     other: float
-    "Custom calls, by the roofline given."
+    "What belongs to no part."
     exposed: dict[str, float]
     "Communication that nothing hides, by mesh axes joined with x."
 
@@ -84,7 +84,6 @@ class _Reader:
     mesh: Mesh | AbstractMesh
     cluster: Cluster
     sizes: Axes
-    roofline: Roofline
     sums: _Sums
 
 
@@ -104,14 +103,13 @@ def read(
     mesh: Mesh | AbstractMesh,
     cluster: Cluster,
     sizes: Axes,
-    roofline: Roofline = lambda call: None,
 ) -> Schedule:
-    """The schedule of a compiled step. `roofline` gives the seconds of a custom call, or None if it knows none.
+    """The schedule of a compiled step.
 
     Loops are multiplied; of a condition the slower branch counts as time, and all branches as communication. On a chip
     whose clock is not known only the collectives are of use, and all of them count as exposed.
     """
-    reader = _Reader(module, mesh, cluster, sizes, roofline, _Sums())
+    reader = _Reader(module, mesh, cluster, sizes, _Sums())
     _run(reader, module.entry, {}, 1)
     sums = reader.sums
     _within(sums)
@@ -167,7 +165,7 @@ def _instruction(reader: _Reader, computation: str, x: Instruction, known: Numbe
     elif found := _travels(reader.module, computation, x):
         _send(reader, computation, x, *found, count, at)
     else:
-        found = cost(reader.module, computation, x, reader.cluster.chip, reader.roofline)
+        found = cost(reader.module, computation, x, reader.cluster.chip)
         reader.sums.seconds[found.part] += count * found.seconds
         reader.sums.unknown.update({found.unknown: count} if found.unknown else {})
         at.now += found.seconds

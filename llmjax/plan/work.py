@@ -9,6 +9,7 @@ from typing import Any
 
 from llmjax.layout import Layout, axes_of, ways
 from llmjax.mesh import AXES, Axes
+from llmjax.models.kernels import OWN
 from llmjax.models.shapes import LAYER, Matrix
 from llmjax.run import Run
 
@@ -98,6 +99,11 @@ def repeated(run: Run, stages: int) -> Again:
     return Again(again.attention + 1, again.mlp + 1, again.scores + 1, last=True)
 
 
+def is_fused(run: Run, sizes: Axes) -> bool:
+    """Whether attention is computed in a kernel of its own, which leaves no scores in memory."""
+    return run.attention in OWN.values() and ways(run.layout.inner.get("S"), sizes) == 1
+
+
 def cut(layout: Layout, matrix: Matrix, letters: dict[str, int], sizes: Axes, where: str) -> float:
     """Numbers of a weight that one device holds `at_rest` or `in_use`."""
     spec = getattr(layout, where)(matrix.dims)
@@ -119,6 +125,7 @@ def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
     rows = run.batch // ways(inner.get("B"), sizes) // accumulate
     parts = run.pipeline.parts(rows, stages) if stages > 1 else 1
 
+    fused = method.fused or is_fused(run, sizes)
     products = {}
     for module, matrices in model.matrices().items():
         met = [m.share * m.size(letters) / _cut_products(layout, m, sizes) for m in matrices]
@@ -126,12 +133,12 @@ def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
         flops = 2 * tokens * (3 * sum(met) + again.of(module) * twice) / method.faster
         products[module] = flops * (layers if module in LAYER else 1)
     heads = letters["H"] / ways(inner.get("H"), sizes)
-    square = tokens * run.sequence * heads * layers * (0.5 if method.fused else _seen(ways(inner.get("S"), sizes)))
+    square = tokens * run.sequence * heads * layers * (0.5 if fused else _seen(ways(inner.get("S"), sizes)))
     forward = 4 * square * method.window * letters["K"]
     attention = forward * (1 + 2.5 + again.scores)
 
     traffic = _traffic(run, sizes, tokens, layers, again, method)
-    if not method.fused:  # scores are written, read for the maximum, read and written for the weights, read
+    if not fused:  # scores are written, read for the maximum, read and written for the weights, read
         passes = 4 * (1 + again.scores) + 7
         traffic["scores"] = square * passes * method.score_bytes
     own = _numbers(run, sizes, "at_rest")

@@ -96,6 +96,7 @@ def test_matrix_products_take_at_least_the_time_of_the_chips_peak(name):
     )
 
 
+ONE = Axes(1, 1, 1, 1, 1, 1)
 CALL = """HloModule a, is_scheduled=true
 
 ENTRY %main (p: bf16[4096,4096]) -> bf16[4096,4096] {
@@ -107,14 +108,32 @@ ENTRY %main (p: bf16[4096,4096]) -> bf16[4096,4096] {
 """  # noqa: E501
 
 
-def test_what_is_not_understood_is_listed_and_a_roofline_makes_a_kernel_understood():
-    cluster, sizes = Cluster("a", TPU_V5P, 1, topology="1x1x1"), Axes(1, 1, 1, 1, 1, 1)
-    mesh, module = abstract_mesh(sizes), hlo.parse(CALL)
-    found = schedule.read(module, mesh, cluster, sizes)
+def test_what_is_not_understood_is_listed():
+    found = schedule.read(hlo.parse(CALL), abstract_mesh(ONE), Cluster("a", TPU_V5P, 1, topology="1x1x1"), ONE)
     assert found.unknown == {"custom-call tpu_custom_call, scores/splash": 1, "whatever without cycles": 1}
     assert found.time.memory == pytest.approx(2 * 2 * 4096**2 / TPU_V5P.bandwidth)
-    known = schedule.read(module, mesh, cluster, sizes, lambda call: 2.5 if "splash" in call.operation() else None)
-    assert known.unknown == {"whatever without cycles": 1} and known.time.attention == 2.5
+
+
+SPLASH = """HloModule a, is_scheduled=true
+
+ENTRY %main (q: bf16[32,8192,128], k: bf16[8,8192,128]) -> bf16[8,8192,128] {
+  %q = bf16[32,8192,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[8,8192,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %m = s8[1,8,8]{2,1,0:T(8,128)(4,1)} constant(0)
+  %splash_mha_fwd_residuals.2 = (f32[1024,128]{1,0:T(8,128)}, bf16[32,8192,128]{2,1,0:T(8,128)(2,1)}, f32[32,8192,128]{2,1,0:T(8,128)}) custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,8]{2,1,0}, bf16[32,8192,128]{2,1,0}, bf16[8,8192,128]{2,1,0}, bf16[8,8192,128]{2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 1024}"
+}}, metadata={op_name="jit(f)/scores/splash_mha_fwd_residuals"}
+  ROOT %splash_mha_dkv_no_residuals.1 = (f32[1024,128]{1,0:T(8,128)}, bf16[8,32,8192,128]{3,2,1,0:T(8,128)(2,1)}, bf16[8,8192,128]{2,1,0:T(8,128)(2,1)}) custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,8]{2,1,0}, bf16[32,8192,128]{2,1,0}, bf16[8,8192,128]{2,1,0}, bf16[8,8192,128]{2,1,0}}
+}
+"""  # noqa: E501
+
+
+def test_splash_attention_takes_the_time_of_the_causal_triangle_at_the_chip_s_efficiency():
+    """Forward 4 and backward 10 FLOPs per pair of positions, head and number of a head."""
+    found = schedule.read(hlo.parse(SPLASH), abstract_mesh(ONE), Cluster("a", TPU_V5P, 1, topology="1x1x1"), ONE)
+    pairs = 32 * 8192**2 / 2
+    expected = (4 + 10) * pairs * 128 / (TPU_V5P.flops * TPU_V5P.efficiency.attention)
+    assert not found.unknown and found.time.attention == pytest.approx(expected) and found.time.other == 0
 
 
 @pytest.mark.parametrize("operation, part", [
