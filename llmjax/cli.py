@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from llmjax import redact
-from llmjax.errors import DONE, IO, PEER_LOST, Refused, TooFewDevices, did_you_mean
+from llmjax.errors import DONE, INTERRUPTED, IO, PEER_LOST, Refused, TooFewDevices, did_you_mean
 from llmjax.notice import Notice
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _code(call: Callable[..., int], *arguments) -> int:
         print(f"llmjax: {refusal}", file=sys.stderr)
         return refusal.code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return IO

@@ -11,6 +11,7 @@ NON_FINITE = 70  # training diverged and was stopped
 IO = 74  # the disk or the network failed
 PREEMPTED = 75  # saved; start me again
 PEER_LOST = 76  # another process of this run is gone
+INTERRUPTED = 130  # by Ctrl-C, with nothing saved
 
 
 class Refused(Exception):

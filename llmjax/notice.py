@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from llmjax.errors import PREEMPTED
+from llmjax.errors import INTERRUPTED, PREEMPTED
 
 
 class Notice:
@@ -42,15 +42,15 @@ class Notice:
         self._saves = True
 
     def _handle(self, number: int, frame: object) -> None:
+        # An exception from here could arise in any line, of an import or of a destructor too, where it is lost or
+        # leaves a lock taken. Leaving like this harms nothing that a kill would not, and what is written stands that.
         if self.asked and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            raise KeyboardInterrupt
+            os.write(2, b"\x1b[?25h" * os.isatty(2))  # the cursor, which a bar has hidden
+            os._exit(INTERRUPTED)
         if self.asked:
             return
         self.asked = True
         if not self._saves:
-            # An exception from here could arise in any line, of an import or of a destructor too. Leaving like this
-            # harms nothing that a kill would not, and all that is written while starting stands up to that.
             os.write(2, b"llmjax: stopped before there was anything to save: run the same command to continue.\n")
             os._exit(PREEMPTED)
         self.say("Stopping after this step; saving. Press Ctrl-C again to leave at once.")

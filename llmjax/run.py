@@ -9,7 +9,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -147,12 +147,19 @@ FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumu
                   "accept_data", "runs"})  # fmt: skip
 
 
-def fingerprint(run: Run) -> str:
+def fingerprint(run: Run, unless: Mapping[str, Any] = types.MappingProxyType({})) -> str:
     """sha256 of all that decides what the run computes, as hex: two starts of one run have the same.
 
-    Secrets take no part, and the environment neither.
+    Secrets take no part, the environment neither, nor fields of whatever value that have what `unless` says.
     """
+
+    def counted(value):
+        if not isinstance(value, dict):
+            return value
+        return {k: counted(v) for k, v in value.items() if k not in unless or v != unless[k]}
+
     fields = {name: value for name, value in _written(run, redact.urls).items() if name not in FREE | {"is", "name"}}
+    fields = counted(fields)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -224,11 +231,26 @@ def read(path: Path) -> Run:
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Dotted names of the fields in which two JSON values differ; *** stands for any text, as `to_json` writes it."""
+    """Dotted names of the fields in which two JSON values differ; *** stands for any text, as `to_json` writes it.
+
+    A field that one of them lacks, as an older version wrote it, has its default there.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         keys = [*a, *(k for k in b if k not in a)]
-        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+        pairs = [(k, *(x[k] if k in x else _default(x.get("is"), k) for x in (a, b))) for k in keys]
+        return [d for k, x, y in pairs for d in differences(x, y, f"{path}.{k}" if path else k)]
     return [] if a == b or _fits(a, b) or _fits(b, a) else [path]
+
+
+def _default(cls: Any, name: str) -> Any:
+    """The JSON value of a field's default, of a class by the name under "is"; None where there is none."""
+    module, _, path = str(cls).partition(":")
+    found = getattr(sys.modules.get(module), path, None)
+    fields = dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
+    for field in fields:
+        if field.name == name and field.default is not dataclasses.MISSING:
+            return to_json(field.default)
+    return None
 
 
 def _name_of(thing: Any) -> str:

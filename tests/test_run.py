@@ -126,6 +126,21 @@ def test_another_class_or_a_missing_field_is_a_difference():
     assert differences({"a": None}, {}) == []
 
 
+def test_a_field_that_an_older_version_did_not_write_has_its_default():
+    older, now = to_json(TINY), to_json(TINY)
+    for path in (("seed",), ("local",), ("optimizer", "moments"), ("optimizer", "schedule", "final")):
+        *outer, name = path
+        place = older
+        for part in outer:
+            place = place[part]
+        place.pop(name)
+    assert differences(older, now) == differences(now, older) == []
+    other = to_json(
+        dataclasses.replace(TINY, seed=1, optimizer=dataclasses.replace(TINY.optimizer, moments="bfloat16"))
+    )
+    assert set(differences(older, other)) == {"optimizer.moments", "seed"}
+
+
 def test_what_may_change_between_two_starts_are_fields_of_a_run():
     assert {field.name for field in dataclasses.fields(Run)} >= runs.FREE
     moved = changed(TINY, **dict.fromkeys(runs.FREE), name="other")

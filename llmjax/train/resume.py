@@ -14,6 +14,9 @@ from llmjax.train.program import Program
 from llmjax.train.records import read
 from llmjax.train.step import State, watch
 
+# Fields that came later than checkpoints that hold a run's fingerprint alone, with what was done before.
+LATER = dict(size=0, moments="float32")
+
 
 def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
     """The state to go on from, and the number of steps it has done."""
@@ -34,8 +37,9 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
                 DATA,
             )
         ledger.event("data_replaced", step=step, before=facts["data"], after=dataset.fingerprint)
-    if facts.get("config") not in (None, fingerprint(program.run)):
-        fields = ", ".join(differences(facts.get("run", {}), decisive(program.run))) if "run" in facts else ""
+    fields = ", ".join(differences(facts["run"], decisive(program.run))) if "run" in facts else ""
+    known = None, fingerprint(program.run), fingerprint(program.run, LATER)
+    if fields or ("run" not in facts and facts.get("config") not in known):
         raise Refused(
             f"checkpoint {step} of {program.run.folder()} was written by a run of another config than its run.json "
             f"says{f', which differs in {fields}' if fields else ''}: continue it where it was written, or start "

@@ -127,7 +127,7 @@ def chain(seed):
     @counted("kills survived", KILLS)
     def row(place, golden):
         name = f"S9_{seed}"
-        same(killed_again_and_again(place, name, seed, KILLS, train(name), slowly(0.05), lambda pid, _: pid), golden)
+        same(killed_again_and_again(place, name, seed, KILLS, train(name), slowly(0.2), lambda pid, _: pid), golden)
 
     return row
 
