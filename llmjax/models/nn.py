@@ -33,6 +33,7 @@ class Compute:
     activations: str = "float32"  # dtype of the product, and of the residual stream
     remat: str = "none"  # what the backward pass computes again: none, full, or all but the products (dots)
     unroll: int = 1  # layers per turn of the loop over them
+    chunk: int = 0  # positions of a sequence that the loss takes at once; 0: all
     pipeline: Pipeline = Pipeline()  # how microbatches pass through the stages
 
 
@@ -183,16 +184,65 @@ def open_sums(model: nnx.Module) -> nnx.Module:
     """
     if not _opens() or stages() > 1:
         return model
-    sizes = jax.sharding.get_abstract_mesh().shape
-    tokens = (axis for d in "BT" for axis in layouts.axes_of(how().layout.inner.get(d)))
-    tokens = frozenset(axis for axis in tokens if sizes[axis] > 1)
 
     def opened(weight):
         spec = jax.typeof(weight).sharding.spec
         cutting = frozenset(axis for cut in spec for axis in layouts.axes_of(cut))
-        return jax.reshard(weight, P(*spec, reduced=tokens - cutting))
+        return jax.reshard(weight, P(*spec, reduced=_tokens() - cutting))
 
     return jax.tree.map(opened, model)
+
+
+def _tokens() -> frozenset[str]:
+    """The axes that cut tokens inside blocks."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = (axis for d in "BT" for axis in layouts.axes_of(how().layout.inner.get(d)))
+    return frozenset(axis for axis in axes if sizes[axis] > 1)
+
+
+def gathered_once(weights: Sequence[jax.Array], dims: Sequence[str]) -> tuple[jax.Array, ...]:
+    """Weights with these letters as `project` uses them, for many uses; one without letters stays as it is.
+
+    Their gradients are float32 sums over a device's own tokens, left open where they may be: for `summed_once`.
+    """
+
+    def gathered(weight, dims):
+        if len(dims) < 2:
+            return weight
+        place = how().layout.in_use(dims)
+        place = P(*place, reduced=_tokens()) if _opens() else place
+        # In float32 as the type of what is added up; the compiler casts back before anything is written.
+        return jax.reshard(weight.astype(how().operands), place).astype(weight.dtype)
+
+    return tuple(gathered(*each) for each in zip(weights, dims, strict=True))
+
+
+def summed_once(gradients: Sequence[jax.Array], weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Gradients of what `gathered_once` made, where these weights are stored."""
+
+    def summed(gradient, weight):
+        return _sum_to(gradient, jax.typeof(gradient).sharding.spec.unreduced, weight)
+
+    return tuple(summed(*each) for each in zip(gradients, weights, strict=True))
+
+
+def dims_of(path: tuple[Any, ...]) -> str:
+    """The letters that the name at this path ends in, `head_DV`; nothing where it has none, or is a vector's."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value").rpartition(".")[2]
+    words = name.split("_")
+    return words[-1] if words[-1].isupper() and not {"scale", "bias"} & set(words) else ""
+
+
+def zeros(like: Any) -> jax.Array:
+    """Zeros of this shape, type and place."""
+    return jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding)
+
+
+def as_varying(tree: Any, as_this: jax.Array) -> Any:
+    """Arrays that are alike over manual axes, made to vary over those that this one varies over, as loops want it."""
+    kind = jax.typeof(as_this)
+    over = tuple(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
+    return jax.lax.pcast(tree, over, to="varying") if over else tree
 
 
 def stages() -> int:
@@ -296,8 +346,15 @@ def decode(
     model: Decoder, tokens_BT: jax.Array, segments_BT: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
     """(logits [B, T, V], what the layers counted, each with a leading L)."""
-    x_BTD, sums = scan(model.blocks, model.embed(tokens_BT), segments_BT, model.layer)
+    x_BTD, sums = stream(model, tokens_BT, segments_BT)
     return model.head(x_BTD), sums
+
+
+def stream(
+    model: Decoder, tokens_BT: jax.Array, segments_BT: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    """(the stream [B, T, D] after the last layer, what the layers counted, each with a leading L)."""
+    return scan(model.blocks, model.embed(tokens_BT), segments_BT, model.layer)
 
 
 def stack(block: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int) -> nnx.Module:
