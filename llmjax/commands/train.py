@@ -22,6 +22,7 @@ from llmjax import names, reading, redact
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.checkpoint.retention import Retention
+from llmjax.checks import check
 from llmjax.commands.generate import own
 from llmjax.data.dataset import check_rows
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PREEMPTED, USAGE, Refused
@@ -29,6 +30,7 @@ from llmjax.evaluate.generate import Sampling, complete
 from llmjax.mesh import Axes
 from llmjax.notice import Notice
 from llmjax.plan import kept
+from llmjax.plan.budget import within
 from llmjax.processes import Processes, Supervised
 from llmjax.report import goodput
 from llmjax.run import FREE, Run, differences, to_json
@@ -36,7 +38,7 @@ from llmjax.train import loop
 from llmjax.train.display import Display, count, duration, memory
 from llmjax.train.ledger import Heartbeat, Ledger, owned
 from llmjax.train.loop import decisive
-from llmjax.train.program import Program, bytes_per_device, fallen_back, make, resolve
+from llmjax.train.program import Program, bytes_per_device, fallen_back, make, microbatches, resolve
 from llmjax.train.records import Records, read
 from llmjax.train.resume import restore, skipped
 from llmjax.train.spent import Spent
@@ -66,8 +68,11 @@ def train(
     stop = stopping(notice)
     system.agreement(decisive(run) | dict(code=code(), jax=jax.__version__))
     display = display or Display(quiet=jax.process_index() > 0)
-    mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
-    program = make(run, mesh, meshes.chip_of(run.mesh, devices))
+    axes, chip = resolve(run, len(devices)), meshes.chip_of(run.mesh, devices)
+    mesh = meshes.device_mesh(axes, devices, run.mesh.slices)
+    check(run, axes, accumulate := run.accumulate or microbatches(run, axes, chip))
+    run = within(run, axes, accumulate, chip)
+    program = make(run, mesh, chip)
     folder = directory(run)
     if finished(folder, run.steps):
         display.say(f"Run {run.name} is finished: {run.steps:,} steps, {folder}.")

@@ -21,7 +21,9 @@ from llmjax.layout import Layout, Pipeline
 from llmjax.models import pipeline
 
 Sizes = Mapping[str, int]
-PRODUCT = "product"  # what a product with weights is called where a policy decides what to keep
+# What a layer's arrays are called where a policy decides what to keep: what goes into it, and products with weights.
+STREAM, PRODUCT, WIDE = "stream", "product", "wide product"  # wide: those of the feed-forward's width
+KEPT = {"none": (), "dots": (STREAM, PRODUCT, WIDE), "attention": (STREAM, PRODUCT), "full": (STREAM,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Compute:
     layout: Layout = layouts.dp
     operands: str = "float32"  # dtype of the two factors of every product with a weight
     activations: str = "float32"  # dtype of the product, and of the residual stream
-    remat: str = "none"  # what the backward pass computes again: none, full, or all but the products (dots)
+    remat: str = "none"  # what the backward pass computes again: all but what KEPT names
+    offload: bool = False  # whether that is kept in the host's memory
     unroll: int = 1  # layers per turn of the loop over them
     chunk: int = 0  # positions of a sequence that the loss takes at once; 0: all
     pipeline: Pipeline = Pipeline()  # how microbatches pass through the stages
@@ -82,7 +85,8 @@ def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
 def project_all(subscripts: Sequence[str], x: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
     """`project` of one activation by several weights, whose parts of its gradient are summed over devices as one."""
     products = _project(tuple(subscripts), how(), x, tuple(weight[...] for weight in weights))
-    return [checkpoint_name(y, PRODUCT) for y in products]
+    names = (WIDE if "F" in each else PRODUCT for each in subscripts)
+    return [checkpoint_name(y, name) for y, name in zip(products, names, strict=True)]
 
 
 # JAX traces both halves of its derivative when the model has been traced, and so outside of any narrower `inside`.
@@ -388,14 +392,20 @@ def layers(layer: Callable, blocks: nnx.Module, x_BTD: jax.Array, segments_BT: j
     """Runs stacked blocks one after another, as `scan` without stages."""
 
     def turn(x_BTD, block):
-        return layer(block, x_BTD, segments_BT)
+        return layer(block, checkpoint_name(x_BTD, STREAM) if how().offload else x_BTD, segments_BT)
 
-    policies = {
-        "none": lambda f: f,
-        "full": jax.checkpoint,
-        "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT)),
-    }
-    return jax.lax.scan(policies[how().remat](turn), x_BTD, blocks, unroll=how().unroll)
+    if how().remat != "none":
+        turn = jax.checkpoint(turn, policy=_policy(KEPT[how().remat]))
+    return jax.lax.scan(turn, x_BTD, blocks, unroll=how().unroll)
+
+
+def _policy(names: tuple[str, ...]) -> Callable:
+    if not how().offload:
+        return jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=list(names),
+        offload_src="device", offload_dst="pinned_host",
+    )  # fmt: skip
 
 
 def inside(axes: Iterable[str], call: Callable, *args):

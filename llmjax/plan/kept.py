@@ -10,7 +10,7 @@ from llmjax.run import Run, to_json
 
 # What decides the time of a step: a plan that differs in any of these is of another run.
 DECIDES = ("model", "optimizer", "axes", "layout", "pipeline", "batch", "sequence", "accumulate", "dtype", "remat",
-           "local")  # fmt: skip
+           "offload_optimizer", "unroll", "loss_chunk", "local")  # fmt: skip
 
 
 def file(run: Run) -> Path:

@@ -65,11 +65,14 @@ def of_stream(of: Of, model: nn.Decoder, x_BTD: jax.Array, batch: Any) -> tuple[
 
 def pieces(x_BTD: jax.Array) -> int:
     """Into how many pieces the positions of this stream go: as few as are not longer than is asked for."""
-    T, chunk = x_BTD.shape[1], nn.how().chunk
-    if not chunk or chunk >= T:
-        return 1
-    own = T // ways(axes_of(jax.typeof(x_BTD).sharding.spec[1]))
-    return next(n for n in range(1, own + 1) if own % n == 0 and T // n <= chunk or n == own)
+    return number(x_BTD.shape[1], nn.how().chunk, ways(axes_of(jax.typeof(x_BTD).sharding.spec[1])))
+
+
+def number(length: int, chunk: int, parts: int) -> int:
+    """Pieces of at most `chunk` positions of a sequence that is cut into so many parts over devices; 0: one piece."""
+    own = length // parts
+    fitting = (n for n in range(1, own + 1) if own % n == 0 and length <= n * chunk)
+    return next(fitting, own) if chunk else 1
 
 
 def _met(call: Callable, weights: Weights, x_BTD: jax.Array) -> tuple[bool, ...]:
