@@ -75,6 +75,8 @@ class Habits:
     "Whether these wait for the layers' backward pass in any case, and not only where all devices cut D."
     logits_wait: bool = False
     "Whether the gradient of the logits waits for that, where the embedding is the head and both add to one gradient."
+    piece: float = 0
+    "Bytes per logit beyond `logits` where the loss is taken in pieces, and each goes forward and back at once."
     sets: int = 3
     "Gradients of a whole stage in a pipeline: the sum so far, what is added, and the new sum."
 
@@ -82,7 +84,7 @@ class Habits:
 # CPU devices compute in float32; a TPU writes the logits in bfloat16 and never the exponentials.
 TPU = Habits(scores=6, scores_beside=4, hidden=4, hidden_beside=2, stream=3, logits=2, casts=0.7, logits_wait=True)
 HOST = Habits(
-    scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0, ends=2, ends_wait=True
+    scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0, ends=2, ends_wait=True, piece=8
 )
 
 
@@ -245,8 +247,9 @@ def _layer(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
     """The peak in the backward pass of one layer."""
     D, F = one.letters["D"], one.letters["F"]
     hidden, stream = one.tokens * one.hidden * F * one.number, one.tokens * D * one.number
+    arrays = habits.hidden + (2 if run.remat.policy == "attention" else 0)  # what goes in is computed again
     attention = habits.scores * one.scores + habits.hidden_beside * hidden
-    mlp = habits.scores_beside * one.scores + one.copies * (habits.hidden * hidden + 2 * one.routed * stream)
+    mlp = habits.scores_beside * one.scores + one.copies * (arrays * hidden + 2 * one.routed * stream)
     whole = max(_whole(run, sizes, m) / m.count for m in _matrices(run))
     return max(attention, mlp) + habits.stream * stream + 4 * habits.slopes * whole
 
@@ -254,8 +257,14 @@ def _layer(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
 def _loss(run: Run, sizes: Axes, one: Part, tokens: float, habits: Habits) -> float:
     """The peak at the loss: logits, the head gathered, and its gradient before devices sum it."""
     D, V = one.letters["D"], one.letters["V"]
-    whole = habits.ends if ways(run.layout.params.get("D"), sizes) > 1 else 1
-    return habits.logits * tokens / one.pieces * V + D * V * (one.number + 4 * whole)
+    several = ways(run.layout.params.get("D"), sizes) > 1 or one.pieces > 1
+    whole = habits.ends if several else 1
+    return _logits(one, tokens, habits) + D * V * (one.number + 4 * whole)
+
+
+def _logits(one: Part, tokens: float, habits: Habits) -> float:
+    each = habits.logits + (habits.piece if one.pieces > 1 else 0)
+    return each * tokens / one.pieces * one.letters["V"]
 
 
 def _ends(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
@@ -278,7 +287,7 @@ def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int) ->
     inside = _layer(run, sizes, one, habits)
     if how.schedule == "1f1b":
         kept = stream * (2 * ways(run.layout.params.get("L"), sizes) - 1)
-        tick = max(4 * gathered, inside) + habits.logits * one.tokens / one.pieces * letters["V"]
+        tick = max(4 * gathered, inside) + _logits(one, one.tokens, habits)
         return 4 * (2 * gathered + 2 * ends), kept + tick + one.number * (gathered + ends)
     ticking = 4 * (habits.sets - 1) * gathered, max(4 * gathered, inside)
     losing = 0.0, _loss(run, sizes, one, one.tokens * parts, habits)

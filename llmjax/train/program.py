@@ -24,6 +24,7 @@ from llmjax.train import diloco
 from llmjax.train import step as steps
 
 LARGE, PIECE = 2**30, 4096  # bytes of a device's float32 logits that are taken in pieces, of so many tokens
+HOST = "pinned_host"  # the memory that a device moves arrays to and from
 UNROLLED = 12  # layers per turn of the loop on a CPU, where a turn copies weights and activations
 ONCE = {"xla_backend_optimization_level": 1}  # for what a CPU runs once: it compiles in a third of the time
 
@@ -65,7 +66,7 @@ class Program:
         def on_host(x):  # of which eval_shape says nothing
             if not x.ndim:
                 return x
-            place = NamedSharding(x.sharding.mesh, x.sharding.spec, memory_kind="pinned_host")
+            place = NamedSharding(x.sharding.mesh, x.sharding.spec, memory_kind=HOST)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
         return dataclasses.replace(state, opt=jax.tree.map(on_host, state.opt))
@@ -130,7 +131,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
 
 
 def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes that one device holds of a tree of (abstract) arrays."""
+    """Bytes that one device holds of a tree of (abstract) arrays, without those in the host's memory."""
 
     def of(x):
         spec = x.sharding.spec if getattr(x, "sharding", None) is not None else P()
@@ -139,7 +140,9 @@ def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
     return sum(
         of(x)
         for x in jax.tree.leaves(tree)
-        if hasattr(x, "shape") and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        if hasattr(x, "shape")
+        and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        and getattr(x.sharding, "memory_kind", None) != HOST
     )
 
 

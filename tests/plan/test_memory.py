@@ -37,6 +37,7 @@ DOTS, FULL = Remat("dots"), Remat("full")
 # which is not predicted. On TPUs it takes not a byte more.
 ROUGHLY = dict(unrolled=0.25)
 SMALL = Llama(vocab=4096, layers=4, width=512, heads=8, kv_heads=4, head_dim=64, ff=1536)
+WORDY = dataclasses.replace(SMALL, vocab=65_536)
 ROUTED = Mixtral(
     vocab=4096, layers=4, width=256, heads=4, kv_heads=4, head_dim=64, ff=704, experts=8, top_k=2, capacity=1.25
 )
@@ -103,6 +104,11 @@ ON_HOST = dict(
     accumulated=host(SMALL, "dp", axes(data=8), batch=32, sequence=256, accumulate=2),
     experts=host(ROUTED, "fsdp_ep", axes(fsdp=2, expert=4), batch=16, sequence=256),
     stages=host(SMALL, "fsdp_pp", axes(fsdp=4, stage=2), batch=32, sequence=256),
+    attention=host(SMALL, "fsdp_tp", axes(fsdp=4, tensor=2), batch=16, sequence=512, remat=Remat("attention")),
+    pieces=host(WORDY, "fsdp_tp", axes(fsdp=4, tensor=2), batch=16, sequence=256, remat=FULL, loss_chunk=64),
+    pieces_tied=host(
+        dataclasses.replace(WORDY, tied=True), "dp", axes(data=8), batch=16, sequence=256, remat=FULL, loss_chunk=64
+    ),
     unrolled=host(SMALL, "fsdp_tp_sp", axes(fsdp=2, tensor=4), chips.CPU, batch=16, sequence=512, remat=FULL),
 )
 
