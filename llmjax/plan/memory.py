@@ -84,7 +84,7 @@ class Habits:
 # CPU devices compute in float32; a TPU writes the logits in bfloat16 and never the exponentials.
 TPU = Habits(scores=6, scores_beside=4, hidden=4, hidden_beside=2, stream=3, logits=2, casts=0.7, logits_wait=True)
 HOST = Habits(
-    scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0, ends=2, ends_wait=True, piece=8
+    scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0, ends=2, ends_wait=True, piece=4
 )
 
 
