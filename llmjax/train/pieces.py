@@ -98,7 +98,8 @@ def _forward(head, weights, x_BTD, batch):
     with nn.compute(head.how):
         used = nn.gathered_once(weights, head.dims)
         (results, into_weights), into_x = _over_pieces(head.count, piece, x_BTD, batch)
-        return results, (nn.summed_once(into_weights, weights), into_x)
+        # Summed before the layers go back, or the gradient of the whole head waits beside what they take.
+        return results, jax.lax.optimization_barrier((nn.summed_once(into_weights, weights), into_x))
 
 
 def _backward(head, saved, cotangents):
