@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import gpt2_124m_h200
+from llmjax.run import Remat
 
-run = dataclasses.replace(gpt2_124m_h200.run, batch=32, accumulate=1, remat="none")
+run = dataclasses.replace(gpt2_124m_h200.run, batch=32, accumulate=1, remat=Remat())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Case:
     "Beside PyTorch, where that is installed."
 
 
-GPT2 = "gpt2_124m_h200 --accumulate 1 --remat none"
+GPT2 = "gpt2_124m_h200 --accumulate 1 --remat.policy none"
 LLAMA = "llama_1b_h200 --accumulate 1"
 H200 = (  # what matters most comes first: the last ones may find no time left
     Case(f"{GPT2} --batch 32", 150, torch=True),
     Case(f"{LLAMA} --batch 4", 200, torch=True),
     Case(f"{GPT2} --batch 64", 60),
     Case(f"{LLAMA} --batch 8", 90),
-    Case(f"{LLAMA} --batch 4 --remat dots", 90),
+    Case(f"{LLAMA} --batch 4 --remat.policy dots", 90),
     Case(f"{GPT2} --batch 16", 60),
 )
 SMALL = (

@@ -11,7 +11,7 @@ from llmjax.mesh import Axes
 from llmjax.models.gpt2 import GPT2
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Cosine
-from llmjax.run import Run
+from llmjax.run import Remat, Run
 from llmjax.train.loss import NextToken
 from meshes import h200
 
@@ -27,7 +27,7 @@ run = Run(
     batch=512,
     sequence=1024,
     accumulate=16,  # all logits of the batch at once would take 105 GB
-    remat="dots",
+    remat=Remat("dots"),
     eval_every=1000,
     save_every=1000,
 )

@@ -12,7 +12,7 @@ from llmjax.models.attention import RopeScaling
 from llmjax.models.llama import Llama
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Cosine
-from llmjax.run import Run
+from llmjax.run import Remat, Run
 from llmjax.train.loss import NextToken
 from meshes import v5p_512
 
@@ -38,7 +38,7 @@ run = Run(
     batch=512,
     sequence=8192,
     accumulate=8,  # one sequence per group of eight at a time: attention scores take T² memory
-    remat="full",
+    remat=Remat("full"),
     eval_every=1000,
     save_every=1000,
 )

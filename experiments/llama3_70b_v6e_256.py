@@ -13,7 +13,7 @@ from llmjax.mesh import Axes
 from llmjax.models.llama import Llama
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Cosine
-from llmjax.run import Run
+from llmjax.run import Remat, Run
 from llmjax.train.loss import NextToken
 from meshes import v6e_256
 
@@ -29,7 +29,7 @@ run = Run(
     batch=512,
     sequence=8192,
     accumulate=8,  # one sequence per group of four at a time: attention scores take T² memory
-    remat="full",
+    remat=Remat("full"),
     eval_every=1000,
     save_every=1000,
 )

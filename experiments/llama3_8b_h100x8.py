@@ -11,7 +11,7 @@ from llmjax.mesh import Axes
 from llmjax.models.llama import Llama
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Cosine
-from llmjax.run import Run
+from llmjax.run import Remat, Run
 from llmjax.train.loss import NextToken
 from meshes import h100x8
 
@@ -27,7 +27,7 @@ run = Run(
     batch=64,
     sequence=8192,
     accumulate=8,  # one sequence per device at a time: attention scores take T² memory
-    remat="full",
+    remat=Remat("full"),
     eval_every=1000,
     save_every=1000,
 )

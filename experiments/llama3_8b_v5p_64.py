@@ -3,9 +3,9 @@
 Put your text in data/corpus and its tokenizer at data/tokenizer.json, or name others with --data.path and
 --data.tokenizer.path. Not run yet on this hardware.
 `llmjax plan` (2026-11-25) foresees 14.9 s a step, 140,504 tokens/s and 17 of 89 GiB, and
-with `--search` 10.3 s for `--layout fsdp_ring --axes.fsdp 32 --axes.context 2 --remat none`.
+with `--search` 10.3 s for `--layout fsdp_ring --axes.fsdp 32 --axes.context 2 --remat.policy none`.
 With `--attention splash` it foresees 8.5 s and 9.2 GiB, and with `--search` 7.0 s for
-`--layout fsdp_tp_sp --axes.fsdp 32 --axes.tensor 2 --remat none`.
+`--layout fsdp_tp_sp --axes.fsdp 32 --axes.tensor 2 --remat.policy none`.
 """
 
 from llmjax import layout
@@ -15,7 +15,7 @@ from llmjax.mesh import Axes
 from llmjax.models.llama import Llama
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Cosine
-from llmjax.run import Run
+from llmjax.run import Remat, Run
 from llmjax.train.loss import NextToken
 from meshes import v5p_64
 
@@ -31,7 +31,7 @@ run = Run(
     batch=256,
     sequence=8192,
     accumulate=4,  # one sequence per device at a time: attention scores take T² memory
-    remat="full",
+    remat=Remat("full"),
     eval_every=1000,
     save_every=1000,
 )

@@ -12,7 +12,7 @@ from llmjax.models.attention import RopeScaling
 from llmjax.models.llama import Llama
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Cosine
-from llmjax.run import Run
+from llmjax.run import Remat, Run
 from llmjax.train.loss import NextToken
 from meshes import h200
 
@@ -39,7 +39,7 @@ run = Run(
     batch=128,
     sequence=4096,
     accumulate=32,  # four sequences at a time: logits and attention scores take gigabytes each
-    remat="full",
+    remat=Remat("full"),
     eval_every=1000,
     save_every=1000,
 )

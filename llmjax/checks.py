@@ -6,8 +6,8 @@ from typing import Any, get_args, get_type_hints
 
 from llmjax import layout as layouts
 from llmjax.errors import Refused
-from llmjax.mesh import Axes
-from llmjax.run import DiLoCo, Run
+from llmjax.mesh import Axes, Chip
+from llmjax.run import DiLoCo, Remat, Run
 
 
 def check(run: Run, axes: Axes, accumulate: int) -> None:
@@ -23,6 +23,7 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
         if not getattr(run, field) >= least:
             raise Refused(f"{field} is {getattr(run, field)}: give at least {least}.")
     _check_guard(run)
+    _check_remat(run)
     if run.keep_best and not (run.eval_every and (run.save_every or run.save_minutes)):
         raise Refused(
             f"keep_best is {run.keep_best}, but no step both evaluates and saves: give --eval-every and --save-every."
@@ -44,9 +45,37 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     _check_pipeline(run, axes, accumulate)
 
 
+def check_chip(run: Run, chip: Chip) -> None:
+    """Refuses what a chip cannot do."""
+    if chip.platform != "cpu":
+        return
+    for field, asked in {"remat.offload": run.remat.offload, "offload_optimizer": run.offload_optimizer}.items():
+        if asked:
+            raise Refused(
+                f"{field} is True, but a CPU's memory is the host's: set it to False, or train on TPUs or GPUs."
+            )
+    if run.loss_chunk and run.pipeline.schedule == "1f1b" and "stage" in run.layout.axes():
+        raise Refused(
+            f"loss_chunk is {run.loss_chunk}, but with pipeline.schedule 1f1b XLA's CPU devices can wait for each "
+            f"other for ever: set it to 0, or choose gpipe or circular."
+        )
+
+
+def _check_remat(run: Run) -> None:
+    remat = run.remat
+    if remat.policy not in (policies := get_args(get_type_hints(Remat)["policy"])):
+        raise Refused(f"remat.policy is {remat.policy!r}: give one of {', '.join(policies)}.")
+    if not 0 <= remat.budget <= 1:
+        raise Refused(f"remat.budget is {remat.budget}: give a share of a device's memory, such as 0.8, or 0 for none.")
+    if remat.offload and remat.policy == "none" and not remat.budget:
+        raise Refused(
+            "remat.offload is True, but remat.policy none keeps everything: give --remat.policy full or dots."
+        )
+
+
 _LEAST = dict(
     steps=1, batch=1, sequence=1, accumulate=0, clip=0, seed=0, eval_every=0, eval_rows=1, save_every=0, keep=1,
-    save_minutes=0, keep_every=0, keep_best=0,
+    save_minutes=0, keep_every=0, keep_best=0, unroll=0, loss_chunk=0,
 )  # fmt: skip
 _WORDS = dict(
     D="model.width", E="model.experts", H="model.heads", G="model.kv_heads", K="model.head_dim", F="model.ff",

@@ -68,6 +68,23 @@ class Guard:
 
 
 @dataclasses.dataclass(frozen=True)
+class Remat:
+    """What the backward pass computes again instead of having it kept (arXiv:1604.06174)."""
+
+    policy: Literal["none", "dots", "attention", "full"] = "none"
+    "Nothing; all but attention and the products with weights; all but attention and its own; all but a layer's input."
+    budget: float = 0.0
+    "Share of a device's memory that a step may take: the planner chooses the first policy that keeps to it; 0: none."
+    offload: bool = False
+    "Keep what the policy keeps in the host's memory (TPU and GPU)."
+
+    def __str__(self) -> str:
+        """As headers and tables say it."""
+        within = f", the first within {self.budget:.0%} of memory" if self.budget else ""
+        return f"{self.policy}{' on the host' if self.offload else ''}{within}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A training run. The same value gives the same numbers on every mesh.
 
@@ -104,8 +121,14 @@ class Run:
     "Precision of the products; parameters and losses stay float32. auto: bfloat16 on accelerators, float32 on CPUs."
     attention: Literal["reference", "blocked", "splash", "cudnn"] = "reference"
     "How attention is computed: all scores at once, in blocks, or in a TPU's or a GPU's kernel; a ring has its own way."
-    remat: Literal["none", "full", "dots"] = "none"
-    "What the backward pass computes again: nothing, everything, or all but the products with weights."
+    remat: Remat = Remat()
+    "What the backward pass computes again."
+    offload_optimizer: bool = False
+    "Keep the optimizer's state in the host's memory between updates (TPU and GPU)."
+    unroll: int = 0
+    "Layers per turn of the loop over them; 0: one on an accelerator, up to 12 on a CPU, where a turn copies."
+    loss_chunk: int = 0
+    "Positions of a sequence that the loss takes at once; 0: all, but on an accelerator pieces of a large loss."
     clip: float = 1.0
     "Largest global norm of the gradient; 0 switches clipping off."
     local: DiLoCo = DiLoCo(every=0)
@@ -142,9 +165,9 @@ class Run:
 
 
 # What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
-FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumulate", "attention", "remat", "guard",
-                  "eval_every", "eval_rows", "save_every", "save_minutes", "keep", "keep_every", "keep_best", "prompts",
-                  "accept_data", "runs"})  # fmt: skip
+FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumulate", "attention", "remat",
+                  "offload_optimizer", "unroll", "loss_chunk", "guard", "eval_every", "eval_rows", "save_every",
+                  "save_minutes", "keep", "keep_every", "keep_best", "prompts", "accept_data", "runs"})  # fmt: skip
 
 
 def fingerprint(run: Run, unless: Mapping[str, Any] = types.MappingProxyType({})) -> str:
@@ -199,6 +222,8 @@ def from_json(value: Any) -> Any:
             f"run.json has fields that {cls.__name__} lacks ({', '.join(unknown)}): it was written by another version.",
             DATA,
         )
+    if cls is Run and isinstance(fields.get("remat"), str):  # as versions with the policy alone wrote it
+        fields["remat"] = Remat(fields["remat"])
     for name, hint in _hints(cls).items():
         if name in fields and not _is_a(hint, fields[name]):
             raise Refused(

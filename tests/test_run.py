@@ -21,7 +21,7 @@ from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
 from llmjax.models.mixtral import Mixtral
 from llmjax.optim.adamw import AdamW
-from llmjax.run import Run, differences, from_json, to_json
+from llmjax.run import Remat, Run, differences, from_json, to_json
 from llmjax.train.loss import NextToken
 from llmjax.train.routed import RoutedNextToken
 from meshes import cpu8
@@ -124,6 +124,10 @@ def test_another_class_or_a_missing_field_is_a_difference():
     assert "is" in gpt2 and "kv_heads" in gpt2
     assert differences({"a": 1}, {"b": 2}) == ["a", "b"]
     assert differences({"a": None}, {}) == []
+
+
+def test_the_remat_of_an_older_version_is_todays_policy():
+    assert from_json(to_json(TINY) | {"remat": "dots"}).remat == Remat("dots")
 
 
 def test_a_field_that_an_older_version_did_not_write_has_its_default():

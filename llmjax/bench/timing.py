@@ -13,6 +13,7 @@ import numpy as np
 
 from llmjax import mesh as meshes
 from llmjax import processes as system
+from llmjax.plan.budget import within
 from llmjax.processes import Processes
 from llmjax.run import Run
 from llmjax.train.program import Program, make, resolve
@@ -21,8 +22,8 @@ from llmjax.train.program import Program, make, resolve
 def program(run: Run, processes: Processes) -> tuple[Program, list[jax.Device]]:
     """The run's program on the devices that are here."""
     devices = system.start(run.mesh, processes)
-    mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
-    return make(run, mesh, meshes.chip_of(run.mesh, devices)), devices
+    axes, chip = resolve(run, len(devices)), meshes.chip_of(run.mesh, devices)
+    return make(within(run, axes, chip), meshes.device_mesh(axes, devices, run.mesh.slices), chip), devices
 
 
 class Steps:

@@ -311,8 +311,8 @@ def like(tree: Any, mesh: Mesh) -> Any:
     """Shapes, dtypes and the places on a real mesh of an abstract state, as `Checkpoints.restore` wants them."""
 
     def place(x):
-        spec = x.sharding.spec if x.sharding is not None else jax.P()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        spec, kind = (x.sharding.spec, x.sharding.memory_kind) if x.sharding is not None else (jax.P(), None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec, memory_kind=kind))
 
     return jax.tree.map(place, tree)
 

@@ -156,7 +156,7 @@ def table(display: Display, cases: Sequence[Case]) -> None:
         found, took = case.estimate, {"compiled": case.compiled, "measured": case.measured}
         held = (case.report or found).memory.total
         rows.append([
-            title(found), found.run.remat, str(found.accumulate), memory(held), milliseconds(found.time.step),
+            title(found), found.run.remat.policy, str(found.accumulate), memory(held), milliseconds(found.time.step),
             *(milliseconds(took[name]) if took[name] else "" for name in which if which[name]),
             f"{100 * found.mfu[0] * found.time.step / case.step:.1f}%" if found.mfu else "",
             "does not fit" if case.refused else f"{100 * behind(case, cases[0]):+.1f}%",
@@ -203,7 +203,7 @@ def scale(asked: Experiment, run: Run, counts: Sequence[int], display: Display) 
     for each in found:
         of = f" in {each.run.mesh.slices} slices" if each.run.mesh.slices > 1 else ""
         rows.append([
-            f"{each.chips}{of}", f"{each.run.batch:,}", title(each), f"{each.run.remat}, {each.accumulate}",
+            f"{each.chips}{of}", f"{each.run.batch:,}", title(each), f"{each.run.remat.policy}, {each.accumulate}",
             milliseconds(each.time.step), f"{each.tokens_per_s:,.0f}", f"{100 * each.mfu[0]:.1f}%",
             f"{100 * each.per_chip / found[0].per_chip:.1f}%",
         ])  # fmt: skip

@@ -36,7 +36,10 @@ class Experiment:
         for path in differences(before, after):
             value = functools.reduce(lambda tree, key: (tree or {}).get(key), path.split("."), after)
             if path.split(".")[0] not in PLANNED and isinstance(value, (str, int, float)):
-                words.append(f"--{path.replace('_', '-')} {shlex.quote(str(value))}")
+                name = path.replace("_", "-")
+                group, dot, leaf = name.rpartition(".")
+                flag = f"--{name}" if value else f"--{group}{dot}no-{leaf}"
+                words.append(flag if isinstance(value, bool) else f"--{name} {shlex.quote(str(value))}")
         return words
 
 
@@ -237,7 +240,8 @@ def command(asked: Experiment, found: Estimate) -> str:
         words += [f"--axes.{axis} {size}"] if size > 1 or own else []
     if found.sizes.stage > 1:
         words += [f"--pipeline.schedule {run.pipeline.schedule} --pipeline.microbatches {run.pipeline.microbatches}"]
-    return " ".join([*words, f"--remat {run.remat} --accumulate {found.accumulate}", *asked.changes(run)])
+    words += ["--remat.offload"] if run.remat.offload else []
+    return " ".join([*words, f"--remat.policy {run.remat.policy} --accumulate {found.accumulate}", *asked.changes(run)])
 
 
 def facts(asked: Experiment, found: Estimate, report: Report | None = None, measured: float | None = None) -> dict:

@@ -29,6 +29,7 @@ from llmjax.evaluate.generate import Sampling, complete
 from llmjax.mesh import Axes
 from llmjax.notice import Notice
 from llmjax.plan import kept
+from llmjax.plan.budget import within
 from llmjax.processes import Processes, Supervised
 from llmjax.report import goodput
 from llmjax.run import FREE, Run, differences, to_json
@@ -66,8 +67,10 @@ def train(
     stop = stopping(notice)
     system.agreement(decisive(run) | dict(code=code(), jax=jax.__version__))
     display = display or Display(quiet=jax.process_index() > 0)
-    mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
-    program = make(run, mesh, meshes.chip_of(run.mesh, devices))
+    axes, chip = resolve(run, len(devices)), meshes.chip_of(run.mesh, devices)
+    mesh = meshes.device_mesh(axes, devices, run.mesh.slices)
+    run = within(run, axes, chip)
+    program = make(run, mesh, chip)
     folder = directory(run)
     if finished(folder, run.steps):
         display.say(f"Run {run.name} is finished: {run.steps:,} steps, {folder}.")

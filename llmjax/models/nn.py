@@ -21,8 +21,15 @@ from llmjax.layout import Layout, Pipeline
 from llmjax.models import pipeline
 
 Sizes = Mapping[str, int]
-PRODUCT = "product"  # what a product with weights is called where a policy decides what to keep
-ATTENTION = "attention"  # and what attention gives
+# What a layer's arrays are called where a policy decides what to keep: what goes into it, what attention gives, and
+# products with weights, wide ones of the feed-forward's width.
+STREAM, ATTENTION, PRODUCT, WIDE = "stream", "attention", "product", "wide product"
+KEPT = {
+    "none": (),
+    "dots": (STREAM, ATTENTION, PRODUCT, WIDE),
+    "attention": (STREAM, ATTENTION, PRODUCT),
+    "full": (STREAM,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +39,10 @@ class Compute:
     layout: Layout = layouts.dp
     operands: str = "float32"  # dtype of the two factors of every product with a weight
     activations: str = "float32"  # dtype of the product, and of the residual stream
-    remat: str = "none"  # what the backward pass computes again: none, full, or all but the products (dots)
+    remat: str = "none"  # what the backward pass computes again: all but what KEPT names
+    offload: bool = False  # whether that is kept in the host's memory
     unroll: int = 1  # layers per turn of the loop over them
+    chunk: int = 0  # positions of a sequence that the loss takes at once; 0: all
     pipeline: Pipeline = Pipeline()  # how microbatches pass through the stages
     attention: str = "reference"  # or blocked, splash, cudnn, ring
     block: int = 1024  # most positions in a block of attention
@@ -85,7 +94,8 @@ def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
 def project_all(subscripts: Sequence[str], x: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
     """`project` of one activation by several weights, whose parts of its gradient are summed over devices as one."""
     products = _project(tuple(subscripts), how(), x, tuple(weight[...] for weight in weights))
-    return [checkpoint_name(y, PRODUCT) for y in products]
+    names = (WIDE if "F" in each else PRODUCT for each in subscripts)
+    return [checkpoint_name(y, name) for y, name in zip(products, names, strict=True)]
 
 
 # JAX traces both halves of its derivative when the model has been traced, and so outside of any narrower `inside`.
@@ -187,16 +197,65 @@ def open_sums(model: nnx.Module) -> nnx.Module:
     """
     if not _opens() or stages() > 1:
         return model
-    sizes = jax.sharding.get_abstract_mesh().shape
-    tokens = (axis for d in "BT" for axis in layouts.axes_of(how().layout.inner.get(d)))
-    tokens = frozenset(axis for axis in tokens if sizes[axis] > 1)
 
     def opened(weight):
         spec = jax.typeof(weight).sharding.spec
         cutting = frozenset(axis for cut in spec for axis in layouts.axes_of(cut))
-        return jax.reshard(weight, P(*spec, reduced=tokens - cutting))
+        return jax.reshard(weight, P(*spec, reduced=_tokens() - cutting))
 
     return jax.tree.map(opened, model)
+
+
+def _tokens() -> frozenset[str]:
+    """The axes that cut tokens inside blocks."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = (axis for d in "BT" for axis in layouts.axes_of(how().layout.inner.get(d)))
+    return frozenset(axis for axis in axes if sizes[axis] > 1)
+
+
+def gathered_once(weights: Sequence[jax.Array], dims: Sequence[str]) -> tuple[jax.Array, ...]:
+    """Weights with these letters as `project` uses them, for many uses; one without letters stays as it is.
+
+    Their gradients are float32 sums over a device's own tokens, left open where they may be: for `summed_once`.
+    """
+
+    def gathered(weight, dims):
+        if len(dims) < 2:
+            return weight
+        place = how().layout.in_use(dims)
+        place = P(*place, reduced=_tokens()) if _opens() else place
+        # In float32 as the type of what is added up; the compiler casts back before anything is written.
+        return jax.reshard(weight.astype(how().operands), place).astype(weight.dtype)
+
+    return tuple(gathered(*each) for each in zip(weights, dims, strict=True))
+
+
+def summed_once(gradients: Sequence[jax.Array], weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Gradients of what `gathered_once` made, where these weights are stored."""
+
+    def summed(gradient, weight):
+        return _sum_to(gradient, jax.typeof(gradient).sharding.spec.unreduced, weight)
+
+    return tuple(summed(*each) for each in zip(gradients, weights, strict=True))
+
+
+def dims_of(path: tuple[Any, ...]) -> str:
+    """The letters that the name at this path ends in, `head_DV`; nothing where it has none, or is a vector's."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value").rpartition(".")[2]
+    words = name.split("_")
+    return words[-1] if words[-1].isupper() and not {"scale", "bias"} & set(words) else ""
+
+
+def zeros(like: Any) -> jax.Array:
+    """Zeros of this shape, type and place."""
+    return jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding)
+
+
+def as_varying(tree: Any, as_this: jax.Array) -> Any:
+    """Arrays that are alike over manual axes, made to vary over those that this one varies over, as loops want it."""
+    kind = jax.typeof(as_this)
+    over = tuple(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
+    return jax.lax.pcast(tree, over, to="varying") if over else tree
 
 
 def stages() -> int:
@@ -317,8 +376,15 @@ def decode(
     model: Decoder, tokens_BT: jax.Array, segments_BT: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
     """(logits [B, T, V], what the layers counted, each with a leading L)."""
-    x_BTD, sums = scan(model.blocks, model.embed(tokens_BT), segments_BT, model.layer)
+    x_BTD, sums = stream(model, tokens_BT, segments_BT)
     return model.head(x_BTD), sums
+
+
+def stream(
+    model: Decoder, tokens_BT: jax.Array, segments_BT: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    """(the stream [B, T, D] after the last layer, what the layers counted, each with a leading L)."""
+    return scan(model.blocks, model.embed(tokens_BT), segments_BT, model.layer)
 
 
 def stack(block: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int) -> nnx.Module:
@@ -352,14 +418,20 @@ def layers(layer: Callable, blocks: nnx.Module, x_BTD: jax.Array, segments_BT: j
     """Runs stacked blocks one after another, as `scan` without stages."""
 
     def turn(x_BTD, block):
-        return layer(block, x_BTD, segments_BT)
+        return layer(block, checkpoint_name(x_BTD, STREAM) if how().offload else x_BTD, segments_BT)
 
-    policies = {
-        "none": lambda f: f,
-        "full": jax.checkpoint,
-        "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT)),
-    }
-    return jax.lax.scan(policies[how().remat](turn), x_BTD, blocks, unroll=how().unroll)
+    if how().remat != "none":
+        turn = jax.checkpoint(turn, policy=_policy(KEPT[how().remat]))
+    return jax.lax.scan(turn, x_BTD, blocks, unroll=how().unroll)
+
+
+def _policy(names: tuple[str, ...]) -> Callable:
+    if not how().offload:
+        return jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=list(names),
+        offload_src="device", offload_dst="pinned_host",
+    )  # fmt: skip
 
 
 def inside(axes: Iterable[str], call: Callable, *args):

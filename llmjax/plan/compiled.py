@@ -201,7 +201,8 @@ def _memory(executable: jax.stages.Compiled, held: dict, on_tpu: bool) -> Memory
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-    peak = stats.peak_memory_in_bytes if on_tpu else None  # a CPU's counts no temporaries
+    on_host = stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes  # the peak counts it with the device's
+    peak = stats.peak_memory_in_bytes - on_host if on_tpu else None  # a CPU's counts no temporaries
     total = peak or sum(parts.values()) - 2 * parts["aliased"]
     return Memory(**held, **parts, peak=peak, total=total)
 

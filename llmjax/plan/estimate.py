@@ -10,6 +10,7 @@ from llmjax.errors import Refused
 from llmjax.mesh import Axes, Chip
 from llmjax.plan import analytic, calibrate, links, memory, work
 from llmjax.plan.analytic import Sent, Time
+from llmjax.plan.budget import within
 from llmjax.plan.memory import Memory
 from llmjax.plan.schedule import Row
 from llmjax.plan.work import Method, Work
@@ -72,6 +73,7 @@ def estimate(run: Run, sizes: Axes | None = None, method: Method = Method()) -> 
     sizes = sizes or resolve(run, run.mesh.chips)
     accumulate = run.accumulate or microbatches(run, sizes, run.mesh.chip)
     check(run, sizes, accumulate)
+    run = within(run, sizes, run.mesh.chip)
     done, time = timed(run, sizes, accumulate, method)
     return Estimate(run, sizes, accumulate, done, time, memory.predict(run, sizes, accumulate))
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from llmjax import layout as layouts
-from llmjax.checks import check
+from llmjax.checks import check, check_chip
 from llmjax.errors import Refused
 from llmjax.layout import Layout, axes_of, ways
 from llmjax.mesh import AXES, Axes, Chip
@@ -12,7 +12,7 @@ from llmjax.optim.adafactor import Adafactor
 from llmjax.optim.lion import Lion
 from llmjax.optim.sgd import SGD
 from llmjax.plan import memory
-from llmjax.run import Run
+from llmjax.run import Remat, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,12 @@ def ranked(run: Run, sizes: Axes, accumulate: int, limit: float, chip: Chip | No
     Each is predicted alone: two of them together free less than the sum where they free the same bytes.
     """
     now, found = memory.predict(run, sizes, accumulate, chip).total, []
-    for change in _changes(run, sizes, accumulate):
+    chip = chip or run.mesh.chip
+    for change in _changes(run, sizes, accumulate, chip):
         try:
             check(change.run, change.sizes, change.accumulate)
+            if chip:
+                check_chip(change.run, chip)
         except Refused:
             continue
         then = memory.predict(change.run, change.sizes, change.accumulate, chip).total
@@ -59,8 +62,9 @@ def ranked(run: Run, sizes: Axes, accumulate: int, limit: float, chip: Chip | No
     return sorted(found, key=lambda knob: -knob.frees)
 
 
-def _changes(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
+def _changes(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) -> Iterator[Change]:
     yield from _recomputed(run, sizes, accumulate)
+    yield from _loss(run, sizes, accumulate, chip)
     yield from _fewer_rows(run, sizes, accumulate)
     yield from _axes(run, sizes, accumulate)
     yield from _pipeline(run, sizes, accumulate)
@@ -69,13 +73,34 @@ def _changes(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
 
 def _recomputed(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
     costs = dict(
-        dots="the backward pass computes again all but the products with weights",
+        none="",
+        dots="the backward pass computes again all but attention and the products with weights",
+        attention="the backward pass computes again all but attention and its products with weights",
         full="the backward pass computes every layer again: about a third more compute",
     )
-    order = ("none", "dots", "full")
-    for remat in order[order.index(run.remat) + 1 :]:
-        changed = dataclasses.replace(run, remat=remat)
-        yield Change(f"remat {remat}", f"--remat {remat}", costs[remat], changed, sizes, accumulate)
+    order = tuple(costs)
+    for policy in order[order.index(run.remat.policy) + 1 :]:
+        changed = dataclasses.replace(run, remat=Remat(policy, offload=run.remat.offload))
+        yield Change(f"remat {policy}", f"--remat.policy {policy}", costs[policy], changed, sizes, accumulate)
+    for policy in order[1:]:
+        if run.remat.offload or order.index(policy) < order.index(run.remat.policy):
+            continue
+        changed = dataclasses.replace(run, remat=Remat(policy, offload=True))
+        flags = "--remat.offload" if policy == run.remat.policy else f"--remat.policy {policy} --remat.offload"
+        also = "what it keeps travels to the host and back" + (f"; {costs[policy]}" if policy in flags else "")
+        yield Change(f"remat {policy}, offloaded", flags, also, changed, sizes, accumulate)
+
+
+def _loss(run: Run, sizes: Axes, accumulate: int, chip: Chip | None) -> Iterator[Change]:
+    """The loss in twice as many pieces, or eight times."""
+    now = memory.pieces_of(run, sizes, accumulate, chip)
+    for times in (2, 8):
+        positions = run.sequence // now // times
+        if positions:
+            costs = "for each piece the gradient of the head is read and written"
+            changed = dataclasses.replace(run, loss_chunk=positions)
+            name = f"loss in {now * times} pieces"
+            yield Change(name, f"--loss-chunk {positions}", costs, changed, sizes, accumulate)
 
 
 def _fewer_rows(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
@@ -148,6 +173,14 @@ def _pipeline(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
 
 
 def _optimizers(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
+    if not run.offload_optimizer:
+        changed = dataclasses.replace(run, offload_optimizer=True)
+        costs = "its state travels to the device and back at every update"
+        yield Change("optimizer offloaded", "--offload-optimizer", costs, changed, sizes, accumulate)
+    if getattr(run.optimizer, "moments", "bfloat16") != "bfloat16":
+        changed = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, moments="bfloat16"))
+        costs = "another run: its moments are rounded to 8 bits of mantissa"
+        yield Change("optimizer dtype", "--optimizer.moments bfloat16", costs, changed, sizes, accumulate)
     schedule = getattr(run.optimizer, "schedule", None)
     kept = dict(schedule=schedule) if schedule else {}
     others = (

@@ -21,9 +21,10 @@ from llmjax.models.pipeline import ticks
 from llmjax.models.shapes import LAYER, Matrix
 from llmjax.plan.work import cut, is_fused
 from llmjax.run import Run
-from llmjax.train import diloco, program
+from llmjax.train import diloco, pieces, program
 from llmjax.train import step as steps
 
+MOVING = 2  # layers whose kept arrays are on their way to the host, or back
 Leaf = tuple[tuple[int, ...], int, tuple[tuple[str, ...], ...]]  # shape, bytes of a number, axes that cut each dim
 
 
@@ -74,6 +75,8 @@ class Habits:
     "Whether these wait for the layers' backward pass in any case, and not only where all devices cut D."
     logits_wait: bool = False
     "Whether the gradient of the logits waits for that, where the embedding is the head and both add to one gradient."
+    piece: float = 0
+    "Bytes per logit beyond `logits` where the loss is taken in pieces, and each goes forward and back at once."
     sets: int = 3
     "Gradients of a whole stage in a pipeline: the sum so far, what is added, and the new sum."
 
@@ -81,7 +84,7 @@ class Habits:
 # CPU devices compute in float32; a TPU writes the logits in bfloat16 and never the exponentials.
 TPU = Habits(scores=6, scores_beside=4, hidden=4, hidden_beside=2, stream=3, logits=2, casts=0.7, logits_wait=True)
 HOST = Habits(
-    scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0, ends=2, ends_wait=True
+    scores=16, scores_beside=4, hidden=7, hidden_beside=0, stream=6, logits=12, casts=0, ends=2, ends_wait=True, piece=4
 )
 
 
@@ -139,6 +142,8 @@ class Part:
     "Those among them that it travels to."
     copies: int
     "Of what experts compute: a round that may be skipped keeps its own, its condition's, and what is computed again."
+    pieces: int = 1
+    "In which the loss is taken."
 
     @property
     def scores(self) -> float:
@@ -182,11 +187,12 @@ def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
 def saved(run: Run, one: Part) -> float:
     """Bytes that one layer leaves for the backward pass of one microbatch."""
     D, H, G, K, F = (one.letters[d] for d in "DHGKF")
-    if run.remat == "full":
+    if run.remat.policy == "full":
         return one.stream * D * one.number
-    if run.remat == "dots":  # the stream and the products that are needed: not the last, and none of travelling tokens
-        into_F = sum(m.count for m in run.model.matrices()["mlp"] if m.dims == "DF")
-        return one.number * (2 * one.stream * D + one.tokens * ((H + 2 * G) * K + into_F * F))
+    if run.remat.policy != "none":  # the stream, attention and products needed: not the last, none of travelling tokens
+        kept = run.remat.policy == "dots"
+        into_F = sum(m.count for m in run.model.matrices()["mlp"] if m.dims == "DF" and kept)
+        return one.number * (2 * one.stream * D + one.tokens * (2 * (H + G) * K + into_F * F)) + 4 * one.tokens * H
     norms = one.stream * (4 * 4 * D)  # two norms keep their input and its normalised form in float32
     ends = 2 * one.tokens * D * one.number  # the norms' results, gathered
     heads = one.tokens * (K * (3 * H + 2 * G) * one.number + 4 * H)
@@ -208,29 +214,43 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
     bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and platform != "cpu")
     parameters, optimizer = state(run, sizes)
     one = part(run, sizes, accumulate, bfloat16 and platform != "cpu")
-    kept = saved(run, one) * one.layers * one.passes
+    one = dataclasses.replace(one, pieces=pieces_of(run, sizes, accumulate, chip))
+    turns = one.layers * one.passes
+    kept = saved(run, one) * (min(turns, MOVING) if run.remat.offload else turns)
     several, stages = accumulate > 1, ways(run.layout.params.get("L"), sizes)
     if stages > 1:
         gradients, passing = _stage(run, sizes, one, habits, accumulate)
     else:
         ahead = _ahead(run, sizes, habits, bfloat16)
         waits = 0 if several and not habits.ends_wait else _ends(run, sizes, one, habits)
-        if habits.logits_wait and "embedding" not in run.model.matrices():
+        if habits.logits_wait and one.pieces == 1 and "embedding" not in run.model.matrices():
             waits += one.tokens * one.letters["V"] * one.number
         in_layer = parameters * (2 if several else 1), _layer(run, sizes, one, habits) + ahead + waits
         at_loss = parameters * (1 if several else 0), _loss(run, sizes, one, one.tokens, habits) + ahead
         gradients, passing = max(in_layer, at_loss, key=sum)
     if platform == "cpu" and jax.__version_info__ < (0, 11):
-        passing += (min(one.layers, program.UNROLLED) - 1) * _merged(run, sizes, one)
+        passing += (min(one.layers, run.unroll or program.UNROLLED) - 1) * _merged(run, sizes, one)
+    if run.offload_optimizer:  # it comes for the update, when what the layers left is gone
+        passing = max(passing, parameters + optimizer - gradients - kept)
+        optimizer = 0
     return Memory(parameters, optimizer, int(gradients), int(kept), int(passing))
+
+
+def pieces_of(run: Run, sizes: Axes, accumulate: int, chip: Chip | None) -> int:
+    """In how many pieces the loss is taken."""
+    if chip is None:
+        return 1
+    chunk = program.chunk(run, sizes, accumulate, chip)
+    return pieces.number(run.sequence, chunk, ways(run.layout.stream.get("T"), sizes))
 
 
 def _layer(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
     """The peak in the backward pass of one layer."""
     D, F = one.letters["D"], one.letters["F"]
     hidden, stream = one.tokens * one.hidden * F * one.number, one.tokens * D * one.number
+    arrays = habits.hidden + (2 if run.remat.policy == "attention" else 0)  # what goes in is computed again
     attention = habits.scores * one.scores + habits.hidden_beside * hidden
-    mlp = habits.scores_beside * one.scores + one.copies * (habits.hidden * hidden + 2 * one.routed * stream)
+    mlp = habits.scores_beside * one.scores + one.copies * (arrays * hidden + 2 * one.routed * stream)
     whole = max(_whole(run, sizes, m) / m.count for m in _matrices(run))
     return max(attention, mlp) + habits.stream * stream + 4 * habits.slopes * whole
 
@@ -238,8 +258,14 @@ def _layer(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
 def _loss(run: Run, sizes: Axes, one: Part, tokens: float, habits: Habits) -> float:
     """The peak at the loss: logits, the head gathered, and its gradient before devices sum it."""
     D, V = one.letters["D"], one.letters["V"]
-    whole = habits.ends if ways(run.layout.params.get("D"), sizes) > 1 else 1
-    return habits.logits * tokens * V + D * V * (one.number + 4 * whole)
+    several = ways(run.layout.params.get("D"), sizes) > 1 or one.pieces > 1
+    whole = habits.ends if several else 1
+    return _logits(one, tokens, habits) + D * V * (one.number + 4 * whole)
+
+
+def _logits(one: Part, tokens: float, habits: Habits) -> float:
+    each = habits.logits + (habits.piece if one.pieces > 1 else 0)
+    return each * tokens / one.pieces * one.letters["V"]
 
 
 def _ends(run: Run, sizes: Axes, one: Part, habits: Habits) -> float:
@@ -262,7 +288,7 @@ def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int) ->
     inside = _layer(run, sizes, one, habits)
     if how.schedule == "1f1b":
         kept = stream * (2 * ways(run.layout.params.get("L"), sizes) - 1)
-        tick = max(4 * gathered, inside) + habits.logits * one.tokens * letters["V"]
+        tick = max(4 * gathered, inside) + _logits(one, one.tokens, habits)
         return 4 * (2 * gathered + 2 * ends), kept + tick + one.number * (gathered + ends)
     ticking = 4 * (habits.sets - 1) * gathered, max(4 * gathered, inside)
     losing = 0.0, _loss(run, sizes, one, one.tokens * parts, habits)
@@ -273,7 +299,7 @@ def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int) ->
 def _merged(run: Run, sizes: Axes, one: Part) -> float:
     """What every further layer of an unrolled loop keeps, as XLA of jax 0.10 computes nothing there twice."""
     more = 4 * one.scores
-    if run.remat == "none":
+    if run.remat.policy == "none":
         more -= one.tokens * one.hidden * one.letters["F"] * one.number
     else:
         more += one.tokens * (4 * one.hidden * one.letters["F"] + one.letters["D"]) * one.number

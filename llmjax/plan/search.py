@@ -19,11 +19,11 @@ from llmjax.layout import Layout, Pipeline
 from llmjax.mesh import Axes, Cluster
 from llmjax.plan import memory
 from llmjax.plan.estimate import Estimate, estimate, fits, plannable, timed
-from llmjax.run import Run
+from llmjax.run import Remat, Run
 from llmjax.train.display import memory as shown
 from llmjax.train.program import microbatches
 
-REMATS = ("none", "dots", "full")
+REMATS = tuple(Remat(policy) for policy in ("none", "dots", "attention", "full"))
 TENSOR = 64  # the widest tensor axis that is tried
 
 
@@ -46,7 +46,7 @@ def candidates(run: Run, cluster: Cluster) -> Iterator[Run]:
 
     Nothing is computed again and nothing accumulated yet.
     """
-    start = dataclasses.replace(run, mesh=cluster, remat="none", accumulate=1)
+    start = dataclasses.replace(run, mesh=cluster, remat=REMATS[0], accumulate=1)
     if cluster.chip.platform == "cpu":  # where caches decide, the run's own remat and accumulation stay
         start = dataclasses.replace(run, mesh=cluster)
     for sizes in shapes(start, cluster):
@@ -182,7 +182,7 @@ def _cuts(cluster: Cluster) -> Iterator[Axes]:
 
 def least(candidate: Run) -> float:
     """The bytes of a device with everything computed again and one row at a time."""
-    run = dataclasses.replace(candidate, remat="full", accumulate=accumulations(candidate)[-1])
+    run = dataclasses.replace(candidate, remat=REMATS[-1], accumulate=accumulations(candidate)[-1])
     return memory.predict(run, run.axes, run.accumulate).total
 
 

@@ -32,7 +32,12 @@ class Again:
 
 
 UPDATE = 28  # bytes of a parameter that an update passes: weight and two moments read and written, the gradient read
-REMAT = {"none": Again(), "dots": Again(scores=1), "full": Again(1, 1, 1)}
+REMAT = {
+    "none": Again(),
+    "dots": Again(),
+    "attention": Again(mlp=1),
+    "full": Again(1, 1, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Work:
 
 def repeated(run: Run, stages: int) -> Again:
     """What this trainer computes again: what `remat` says, and under 1f1b once more all that a stage computes."""
-    again = REMAT[run.remat]
+    again = REMAT[run.remat.policy]
     if stages == 1 or run.pipeline.schedule != "1f1b":
         return again
     return Again(again.attention + 1, again.mlp + 1, again.scores + 1, last=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmjax.models import nn
+from llmjax.train import pieces
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -29,7 +30,10 @@ class NextToken:
 
     def __call__(self, model: nnx.Module, batch: Batch) -> tuple[jax.Array, Sums]:
         batch = jax.tree.map(nn.in_order, batch)
-        return self.of(model(batch["tokens"], batch.get("segments")), batch)
+        if not nn.how().chunk:  # then a model need be no nn.Decoder
+            return self.of(model(batch["tokens"], batch.get("segments")), batch)
+        x_BTD, _ = nn.stream(model, batch["tokens"], batch.get("segments"))
+        return pieces.of_stream(self.of, model, x_BTD, batch)
 
     def of(self, logits_BTV: jax.Array, batch: Batch) -> tuple[jax.Array, Sums]:
         """The loss of these logits; the batch is in their order."""

@@ -16,6 +16,7 @@ from jax import P
 from llmjax.layout import axes_of
 from llmjax.models import nn
 from llmjax.models.pipeline import STAGE, axes, backward_at, cut, forward_at, put, shift, ticks, ways, whole
+from llmjax.train import pieces
 
 
 def by_hand() -> bool:
@@ -73,7 +74,7 @@ def _on_stage(loss, N, own, ends, blocks, batch_N):
         return x_BTD, jax.tree.map(lambda x: x + nothing.astype(x.dtype), counted)
 
     def head(n, ends, x_BTD):
-        return loss.of(ends.head(x_BTD), batch(n))
+        return pieces.of_stream(loss.of, ends, x_BTD, batch(n))
 
     def forward(inbox_BTD, kept_NBTD, t):
         n, *_ = forward_at(t, stage, N)

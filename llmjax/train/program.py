@@ -15,7 +15,7 @@ from jax import P
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from llmjax import mesh as meshes
-from llmjax.checks import check
+from llmjax.checks import check, check_chip
 from llmjax.errors import Refused
 from llmjax.layout import ways
 from llmjax.mesh import Axes, Chip
@@ -24,6 +24,8 @@ from llmjax.run import Run
 from llmjax.train import diloco
 from llmjax.train import step as steps
 
+LARGE, PIECE = 2**30, 4096  # bytes of a device's float32 logits that are taken in pieces, of so many tokens
+HOST = "pinned_host"  # the memory that a device moves arrays to and from
 UNROLLED = 12  # layers per turn of the loop on a CPU, where a turn copies weights and activations
 ONCE = {"xla_backend_optimization_level": 1}  # for what a CPU runs once: it compiles in a third of the time
 
@@ -63,7 +65,17 @@ class Program:
     def abstract_state(self) -> steps.State:
         """Shapes and shardings of the state; no array is made."""
         with self.context():
-            return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+            state = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+        if not self.run.offload_optimizer:
+            return state
+
+        def on_host(x):  # of which eval_shape says nothing
+            if not x.ndim:
+                return x
+            place = NamedSharding(x.sharding.mesh, x.sharding.spec, memory_kind=HOST)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        return dataclasses.replace(state, opt=jax.tree.map(on_host, state.opt))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of the batch of a language model, each [A, B/A, T]."""
@@ -89,14 +101,17 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     axes = Axes(**dict(mesh.shape))
     accumulate = run.accumulate or microbatches(run, axes, chip)
     check(run, axes, accumulate)
+    check_chip(run, chip)
     on_cpu = chip.platform == "cpu"
     bfloat16 = in_bfloat16(run, chip)
     compute = nn.Compute(
         layout=run.layout,
         operands="bfloat16" if bfloat16 else "float32",
         activations="bfloat16" if bfloat16 and not on_cpu else "float32",
-        remat=run.remat,
-        unroll=min(getattr(run.model, "layers", 1), UNROLLED) if on_cpu else 1,
+        remat=run.remat.policy,
+        offload=run.remat.offload,
+        unroll=min(getattr(run.model, "layers", 1), run.unroll or (UNROLLED if on_cpu else 1)),
+        chunk=chunk(run, axes, accumulate, chip),
         pipeline=run.pipeline,
         attention=kernel(run, axes, chip),
         block=kernels.BLOCK.get(chip.name, kernels.NARROWER),
@@ -149,7 +164,7 @@ def kernel(run: Run, axes: Axes, chip: Chip) -> str:
 
 
 def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes that one device holds of a tree of (abstract) arrays."""
+    """Bytes that one device holds of a tree of (abstract) arrays, without those in the host's memory."""
 
     def of(x):
         spec = x.sharding.spec if getattr(x, "sharding", None) is not None else P()
@@ -158,14 +173,33 @@ def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
     return sum(
         of(x)
         for x in jax.tree.leaves(tree)
-        if hasattr(x, "shape") and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        if hasattr(x, "shape")
+        and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        and getattr(x.sharding, "memory_kind", None) != HOST
     )
 
 
 def transformation(run: Run) -> optax.GradientTransformation:
     """The run's optimizer behind gradient clipping."""
     tx = run.optimizer.build(run.steps)
-    return optax.chain(optax.clip_by_global_norm(run.clip), tx) if run.clip else tx
+    tx = optax.chain(optax.clip_by_global_norm(run.clip), tx) if run.clip else tx
+    return on_host(tx) if run.offload_optimizer else tx
+
+
+def on_host(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same with its arrays in the host's memory between updates."""
+
+    def moved(state, space):
+        return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+
+    def init(params):
+        return moved(tx.init(params), jax.memory.Space.Host)
+
+    def update(updates, state, params=None):
+        updates, state = tx.update(updates, moved(state, jax.memory.Space.Device), params)
+        return updates, moved(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(init, update)
 
 
 def resolve(run: Run, devices: int) -> Axes:
@@ -191,6 +225,21 @@ def fallen_back(run: Run) -> Run:
     before = ways(run.layout.inner.get("B"), axes) * (run.accumulate or microbatches(run, axes, run.mesh.chip))
     accumulate = max(1, before // ways(run.layout.inner.get("B"), fewer))
     return dataclasses.replace(other, accumulate=accumulate if run.accumulate or not run.mesh.emulated else 0)
+
+
+def chunk(run: Run, axes: Axes, accumulate: int, chip: Chip) -> int:
+    """Positions of a sequence that the loss takes at once, 0 for all, where the run does not say.
+
+    Shorter pieces than PIECE cost time: for each, the gradient of the whole head is read and written.
+    """
+    if run.loss_chunk or chip.platform == "cpu" or not hasattr(run.model, "sizes"):
+        return run.loss_chunk
+    inner, rows = run.layout.inner, run.batch // ways(run.layout.inner.get("B"), axes) // accumulate
+    if axes.stage > 1 and run.pipeline.schedule == "1f1b":
+        rows //= run.pipeline.parts(rows, axes.stage)
+    of_sequence = ways(inner.get("T"), axes)
+    logits = rows * run.sequence // of_sequence * run.model.sizes()["V"] // ways(inner.get("V"), axes)
+    return max(1, PIECE * of_sequence // rows) if 4 * logits > LARGE else 0
 
 
 def microbatches(run: Run, axes: Axes, chip: Chip) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from llmjax.models import nn, routers
+from llmjax.train import pieces
 from llmjax.train.loss import Batch, NextToken, Sums
 
 
@@ -31,8 +32,8 @@ class RoutedNextToken:
 
     def __call__(self, model: nnx.Module, batch: Batch) -> tuple[jax.Array, Sums]:
         batch = jax.tree.map(nn.in_order, batch)
-        logits_BTV, counted = nn.decode(model, batch["tokens"], batch.get("segments"))
-        (total, sums), (more, routed) = self.of(logits_BTV, batch), self.of_layers(counted)
+        x_BTD, counted = nn.stream(model, batch["tokens"], batch.get("segments"))
+        (total, sums), (more, routed) = pieces.of_stream(self.of, model, x_BTD, batch), self.of_layers(counted)
         return total + more, sums | routed
 
     def of(self, logits_BTV: jax.Array, batch: Batch) -> tuple[jax.Array, Sums]:

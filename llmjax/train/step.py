@@ -75,8 +75,7 @@ def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True)
 
 def _zeros(call: Callable, model: nnx.Module, batch: Batch):
     """Zeros where `call` of one microbatch puts its results."""
-    results = jax.eval_shape(call, model, jax.tree.map(lambda x: x[0], batch))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), results)
+    return jax.tree.map(nn.zeros, jax.eval_shape(call, model, jax.tree.map(lambda x: x[0], batch)))
 
 
 def train_step(

@@ -76,9 +76,9 @@ def test_what_is_waited_for_in_the_table_of_messages_is_what_a_step_waits_for(pl
 
 
 def test_a_run_that_does_not_fit_is_told_what_would_help(plan):
-    code, out = plan("llama3_8b_h100x8", "--analytic", "--remat", "none", "--accumulate", "1")
+    code, out = plan("llama3_8b_h100x8", "--analytic", "--remat.policy", "none", "--accumulate", "1")
     assert code == 0 and "It does NOT fit" in out
-    assert "What would help" in out and "--remat full" in out
+    assert "What would help" in out and "--remat.policy full" in out
 
 
 def test_a_search_ends_with_the_command_that_trains_on_the_best_mesh(plan):

@@ -18,7 +18,7 @@ from llmjax.models.llama import Llama
 from llmjax.models.mixtral import Mixtral
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Constant
-from llmjax.run import Run
+from llmjax.run import Remat, Run
 from llmjax.train.loss import NextToken
 from llmjax.train.routed import RoutedNextToken
 from meshes import cpu8
@@ -42,7 +42,8 @@ def traced(model: str, layout: str, sizes: tuple[tuple[str, int], ...], schedule
     config, loss = MODELS[model]
     run = Run(
         model=config, data=None, optimizer=AdamW(lr=3e-3, schedule=Constant()), loss=loss, mesh=cpu8.cluster,
-        layout=layouts.preset(layout), pipeline=Pipeline(schedule), batch=8, sequence=16, accumulate=1, remat="full",
+        layout=layouts.preset(layout), pipeline=Pipeline(schedule), batch=8, sequence=16, accumulate=1,
+        remat=Remat("full"),
     )  # fmt: skip
     axes = Axes(**(dict.fromkeys(AXES, 1) | dict(sizes)))
     mesh = meshes.device_mesh(axes, jax.devices()[: math.prod(axes.sizes())])

@@ -11,6 +11,7 @@ from llmjax.mesh import AXES, Axes
 from llmjax.models.mixtral import Mixtral
 from llmjax.plan import analytic, work
 from llmjax.plan.work import Again, Method
+from llmjax.run import Remat
 from meshes import chips
 
 RUN = importlib.import_module("experiments.llama3_8b_v5p_64").run
@@ -28,7 +29,7 @@ def planned(layout: str, sizes: Axes, method: Method = Method(), accumulate: int
 
 
 def test_products_take_six_flops_per_weight_and_token_at_the_rate_that_products_reach():
-    done, time = planned("fsdp", axes(fsdp=64), remat="none")
+    done, time = planned("fsdp", axes(fsdp=64), remat=Remat("none"))
     causal, full = RUN.model.flops_per_token(RUN.sequence)
     weights = (2 * causal - full) * RUN.batch * RUN.sequence / 64  # without attention
     assert sum(done.products.values()) == pytest.approx(weights)
@@ -37,7 +38,7 @@ def test_products_take_six_flops_per_weight_and_token_at_the_rate_that_products_
 
 def test_full_remat_adds_the_forward_pass_of_the_layers_but_for_the_product_that_ends_them():
     sizes = RUN.model.sizes()
-    none, full = (planned("fsdp", axes(fsdp=64), remat=remat)[0].products for remat in ("none", "full"))
+    none, full = (planned("fsdp", axes(fsdp=64), remat=Remat(remat))[0].products for remat in ("none", "full"))
     assert full["attention"] / none["attention"] == pytest.approx(4 / 3)
     assert full["mlp"] / none["mlp"] == pytest.approx((3 + 2 / 3) / 3)
     assert full["head"] == none["head"]
@@ -87,7 +88,7 @@ def test_a_pipeline_idles_as_many_microbatches_as_it_has_stages_to_fill():
 
 def test_a_stage_of_1f1b_computes_its_forward_pass_again():
     gpipe, by_hand = (
-        planned("fsdp_pp", axes(stage=4, fsdp=16), remat="none", pipeline=Pipeline(schedule))[0]
+        planned("fsdp_pp", axes(stage=4, fsdp=16), remat=Remat("none"), pipeline=Pipeline(schedule))[0]
         for schedule in ("gpipe", "1f1b")
     )
     assert by_hand.products["mlp"] / gpipe.products["mlp"] == pytest.approx(4 / 3)
@@ -102,7 +103,7 @@ def test_more_slices_lose_the_share_of_a_step_that_runs_have_shown():
 
 def test_experts_add_what_travels_and_only_the_experts_that_a_token_goes_to():
     model = Mixtral(vocab=32_000, layers=8, width=2048, heads=16, kv_heads=8, head_dim=128, ff=4096)
-    done, _ = planned("fsdp_ep", axes(fsdp=8, expert=8), model=model, remat="none")
+    done, _ = planned("fsdp_ep", axes(fsdp=8, expert=8), model=model, remat=Remat("none"))
     routed = [m for m in done.messages if m.kind == "all-to-all"]
     assert {m.axes for m in routed} == {("expert",)}
     tokens = RUN.batch * RUN.sequence / 64

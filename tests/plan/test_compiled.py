@@ -13,7 +13,7 @@ from llmjax.mesh import Axes, Cluster
 from llmjax.models.llama import Llama
 from llmjax.names import load
 from llmjax.plan import compiled, estimate
-from llmjax.run import Run, from_json, to_json
+from llmjax.run import Remat, Run, from_json, to_json
 from llmjax.train import program
 from meshes.chips import H100, TPU_V5E
 
@@ -101,7 +101,7 @@ def test_a_broken_cache_file_is_compiled_again(on_gpus, tmp_path, broken):
 
 def test_another_run_is_another_report(on_gpus, tmp_path):
     folder, report = on_gpus
-    run = tiny(H100X4, remat="full")
+    run = tiny(H100X4, remat=Remat("full"))
     other = compiled.report(run, program.resolve(run, 4), cache=folder)
     assert not other.cached and other.memory.temporaries != report.memory.temporaries
 

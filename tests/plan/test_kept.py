@@ -8,6 +8,7 @@ import pytest
 from llmjax import layout as layouts
 from llmjax.mesh import Axes
 from llmjax.plan import kept
+from llmjax.run import Remat
 
 SIZES = Axes(1, 1, 4, 1, 1, 2)
 
@@ -28,7 +29,7 @@ def test_a_plan_of_another_mesh_batch_or_method_is_not_taken_for_this_one(run):
     kept.keep(run, SIZES, 2, 0.25)
     assert kept.planned(run, Axes(2, 1, 2, 1, 1, 2), 2) is None
     assert kept.planned(run, SIZES, 1) is None
-    for change in (dict(batch=16), dict(remat="full"), dict(layout=layouts.fsdp), dict(name="other")):
+    for change in (dict(batch=16), dict(remat=Remat("full")), dict(layout=layouts.fsdp), dict(name="other")):
         assert kept.planned(dataclasses.replace(run, **change), SIZES, 2) is None
 
 

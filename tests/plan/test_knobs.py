@@ -12,7 +12,7 @@ from llmjax.mesh import AXES, Axes, Cluster
 from llmjax.models.llama import Llama
 from llmjax.optim.adamw import AdamW
 from llmjax.plan import knobs, memory
-from llmjax.run import Run
+from llmjax.run import Remat, Run
 from llmjax.train.loss import NextToken
 from meshes import chips, cpu8
 
@@ -38,7 +38,8 @@ def test_what_frees_most_comes_first_and_nothing_that_frees_nothing():
 
 def test_every_kind_of_knob_is_there_where_it_applies():
     expected = {
-        "remat full", "accumulate x2", "accumulate x4", "batch halved", "fsdp x2 from data", "tensor x2 from data",
+        "remat dots", "remat attention", "remat full", "remat full, offloaded", "optimizer offloaded",
+        "accumulate x2", "accumulate x4", "batch halved", "fsdp x2 from data", "tensor x2 from data",
         "context x2 from data, cp", "context x2 from data, ring", "sequence parallel", "Lion", "Adafactor", "SGD",
     }  # fmt: skip
     assert expected <= set(found())
@@ -67,8 +68,26 @@ def test_what_the_checks_refuse_is_left_out():
     assert not any("sequence" in name for name in found(dataclasses.replace(RUN, layout=preset("fsdp_tp_sp"))))
 
 
-def test_a_run_that_computes_everything_again_has_no_remat_left():
-    assert not any(name.startswith("remat") for name in found(dataclasses.replace(RUN, remat="full")))
+def test_a_run_that_computes_everything_again_can_only_offload_what_is_left():
+    again = found(dataclasses.replace(RUN, remat=Remat("full")))
+    assert [name for name in again if name.startswith("remat")] == ["remat full, offloaded"]
+    on_host = found(dataclasses.replace(RUN, remat=Remat("full", offload=True)))
+    assert not any(name.startswith("remat") for name in on_host)
+
+
+def test_a_loss_in_pieces_frees_the_logits_of_the_others():
+    model = dataclasses.replace(MODEL, vocab=262_144, layers=2)
+    run = dataclasses.replace(RUN, model=model, mesh=cpu8.cluster, sequence=512, remat=Remat("full"), dtype="float32")
+    knob = found(run)["loss in 8 pieces"]
+    changed = parse(dataclasses.replace(run, axes=SIZES), shlex.split(knob.change), "plan")
+    assert changed.loss_chunk == 64
+    logits = 64 // 8 * 512 * 262_144 // 2 * 4  # bytes of a device's
+    assert 7 / 8 * logits < knob.frees < 7 / 8 * 4 * logits
+    assert "loss in 2 pieces" in found(run)
+
+
+def test_nothing_is_offloaded_from_a_cpu():
+    assert not any("offloaded" in name for name in found(dataclasses.replace(RUN, mesh=cpu8.cluster)))
 
 
 def test_the_devices_stay_the_same():

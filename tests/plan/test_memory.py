@@ -25,17 +25,19 @@ from llmjax.models.mixtral import Mixtral
 from llmjax.optim.adafactor import Adafactor
 from llmjax.optim.adamw import AdamW
 from llmjax.plan import memory
-from llmjax.run import DiLoCo, Run
+from llmjax.run import DiLoCo, Remat, Run
 from llmjax.train import program
 from llmjax.train.loss import NextToken
 from llmjax.train.routed import RoutedNextToken
 from meshes import chips
 
 NEAR = 0.1
+DOTS, FULL = Remat("dots"), Remat("full")
 # An update that may not happen is scheduled by XLA's CPU backend with more alive at once where the layers are unrolled,
 # which is not predicted. On TPUs it takes not a byte more.
 ROUGHLY = dict(unrolled=0.25)
 SMALL = Llama(vocab=4096, layers=4, width=512, heads=8, kv_heads=4, head_dim=64, ff=1536)
+WORDY = dataclasses.replace(SMALL, vocab=65_536)
 ROUTED = Mixtral(
     vocab=4096, layers=4, width=256, heads=4, kv_heads=4, head_dim=64, ff=704, experts=8, top_k=2, capacity=1.25
 )
@@ -96,13 +98,18 @@ def near(name: str, step: Pair, takes: int) -> bool:
 
 ON_HOST = dict(
     fsdp=host(SMALL, "fsdp", axes(fsdp=8), batch=16, sequence=512),
-    sp=host(SMALL, "fsdp_tp_sp", axes(fsdp=2, tensor=4), batch=16, sequence=512, remat="full"),
-    context=host(SMALL, "fsdp_cp", axes(fsdp=2, context=4), batch=4, sequence=1024, remat="full"),
-    dots=host(SMALL, "fsdp_tp", axes(fsdp=4, tensor=2), batch=16, sequence=512, remat="dots"),
+    sp=host(SMALL, "fsdp_tp_sp", axes(fsdp=2, tensor=4), batch=16, sequence=512, remat=FULL),
+    context=host(SMALL, "fsdp_cp", axes(fsdp=2, context=4), batch=4, sequence=1024, remat=FULL),
+    dots=host(SMALL, "fsdp_tp", axes(fsdp=4, tensor=2), batch=16, sequence=512, remat=DOTS),
     accumulated=host(SMALL, "dp", axes(data=8), batch=32, sequence=256, accumulate=2),
     experts=host(ROUTED, "fsdp_ep", axes(fsdp=2, expert=4), batch=16, sequence=256),
     stages=host(SMALL, "fsdp_pp", axes(fsdp=4, stage=2), batch=32, sequence=256),
-    unrolled=host(SMALL, "fsdp_tp_sp", axes(fsdp=2, tensor=4), chips.CPU, batch=16, sequence=512, remat="full"),
+    attention=host(SMALL, "fsdp_tp", axes(fsdp=4, tensor=2), batch=16, sequence=512, remat=Remat("attention")),
+    pieces=host(WORDY, "fsdp_tp", axes(fsdp=4, tensor=2), batch=16, sequence=256, remat=FULL, loss_chunk=64),
+    pieces_tied=host(
+        dataclasses.replace(WORDY, tied=True), "dp", axes(data=8), batch=16, sequence=256, remat=FULL, loss_chunk=64
+    ),
+    unrolled=host(SMALL, "fsdp_tp_sp", axes(fsdp=2, tensor=4), chips.CPU, batch=16, sequence=512, remat=FULL),
 )
 
 
@@ -115,39 +122,39 @@ def test_a_step_for_emulated_devices_takes_what_was_predicted(name):
 
 V5E, V5P, V6E = chips.TPU_V5E, chips.TPU_V5P, chips.TPU_V6E
 ON_TPU = dict(
-    fsdp_full=pair(LLAMA_1B, V5E, "fsdp", axes(fsdp=16), "v5e:4x4", batch=32, sequence=2048, remat="full"),
-    fsdp_dots=pair(LLAMA_1B, V5E, "fsdp", axes(fsdp=16), "v5e:4x4", batch=32, sequence=1024, remat="dots"),
+    fsdp_full=pair(LLAMA_1B, V5E, "fsdp", axes(fsdp=16), "v5e:4x4", batch=32, sequence=2048, remat=FULL),
+    fsdp_dots=pair(LLAMA_1B, V5E, "fsdp", axes(fsdp=16), "v5e:4x4", batch=32, sequence=1024, remat=DOTS),
     fsdp_none=pair(LLAMA_1B, V5E, "fsdp", axes(fsdp=16), "v5e:4x4", batch=64, sequence=1024, accumulate=2),
-    tp_dots=pair(LLAMA_1B, V5E, "fsdp_tp", axes(fsdp=4, tensor=4), "v5e:4x4", batch=16, sequence=2048, remat="dots"),
+    tp_dots=pair(LLAMA_1B, V5E, "fsdp_tp", axes(fsdp=4, tensor=4), "v5e:4x4", batch=16, sequence=2048, remat=DOTS),
     sp_full=pair(
         LLAMA_1B, V5E, "fsdp_tp_sp", axes(fsdp=4, tensor=4), "v5e:4x4",
-        batch=32, sequence=4096, accumulate=2, remat="full",
+        batch=32, sequence=4096, accumulate=2, remat=FULL,
     ),
     llama3_8b_v5p_64=Pair(llama3_8b_v5p_64.run, axes(fsdp=64), "v5p:4x4x4"),
     llama3_8b_sp=pair(
         LLAMA_8B, V5P, "fsdp_tp_sp", axes(fsdp=16, tensor=4), "v5p:4x4x4",
-        batch=64, sequence=4096, accumulate=2, remat="dots",
+        batch=64, sequence=4096, accumulate=2, remat=DOTS,
     ),
     llama3_8b_ring=pair(
-        LLAMA_8B, V5P, "fsdp_ring", axes(fsdp=16, context=4), "v5p:4x4x4", batch=16, sequence=8192, remat="full"
+        LLAMA_8B, V5P, "fsdp_ring", axes(fsdp=16, context=4), "v5p:4x4x4", batch=16, sequence=8192, remat=FULL
     ),
     llama3_8b_cp=pair(
-        LLAMA_8B, V5P, "fsdp_cp", axes(fsdp=16, context=4), "v5p:4x4x4", batch=16, sequence=8192, remat="full"
+        LLAMA_8B, V5P, "fsdp_cp", axes(fsdp=16, context=4), "v5p:4x4x4", batch=16, sequence=8192, remat=FULL
     ),
     experts_ep=pair(
-        MIXTRAL, V5P, "fsdp_ep", axes(fsdp=2, expert=4), "v5p:2x2x2", batch=32, sequence=2048, remat="full"
+        MIXTRAL, V5P, "fsdp_ep", axes(fsdp=2, expert=4), "v5p:2x2x2", batch=32, sequence=2048, remat=FULL
     ),
     experts_fsdp=pair(
-        MIXTRAL, V5P, "fsdp", axes(fsdp=8), "v5p:2x2x2", batch=32, sequence=2048, accumulate=2, remat="dots"
+        MIXTRAL, V5P, "fsdp", axes(fsdp=8), "v5p:2x2x2", batch=32, sequence=2048, accumulate=2, remat=DOTS
     ),
     experts_dropless=pair(
         dataclasses.replace(MIXTRAL, capacity=0.0), V5P, "fsdp_ep", axes(fsdp=2, expert=4), "v5p:2x2x2",
-        batch=32, sequence=2048, remat="full",
+        batch=32, sequence=2048, remat=FULL,
     ),
-    gpipe=pair(LLAMA_1B, V5P, "fsdp_pp", axes(fsdp=4, stage=4), "v5p:2x2x4", batch=64, sequence=2048, remat="full"),
+    gpipe=pair(LLAMA_1B, V5P, "fsdp_pp", axes(fsdp=4, stage=4), "v5p:2x2x4", batch=64, sequence=2048, remat=FULL),
     circular=pair(
         LLAMA_1B, V5P, "fsdp_pp", axes(fsdp=4, stage=4), "v5p:2x2x4",
-        batch=64, sequence=2048, remat="full", pipeline=Pipeline("circular"),
+        batch=64, sequence=2048, remat=FULL, pipeline=Pipeline("circular"),
     ),
     one_forward_one_backward=pair(
         LLAMA_1B, V5P, "fsdp_pp", axes(fsdp=4, stage=4), "v5p:2x2x4",
@@ -160,7 +167,7 @@ ON_TPU = dict(
     ),
     tied=pair(
         llama_1b_h200.run.model, V5P, "dp", axes(data=4), "v5p:2x2x1",
-        batch=512, sequence=4096, accumulate=32, remat="full",
+        batch=512, sequence=4096, accumulate=32, remat=FULL,
     ),
     tied_fsdp=pair(
         llama_1b_h200.run.model, V5E, "fsdp", axes(fsdp=16), "v5e:4x4", batch=64, sequence=1024, accumulate=4
