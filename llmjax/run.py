@@ -119,8 +119,8 @@ class Run:
     "Microbatches per step; 0: one on an accelerator, as many as keep a CPU's caches warm on a CPU."
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     "Precision of the products; parameters and losses stay float32. auto: bfloat16 on accelerators, float32 on CPUs."
-    attention: Literal["reference", "blocked", "splash", "cudnn"] = "reference"
-    "How attention is computed: all scores at once, in blocks, or in a TPU's or a GPU's kernel; a ring has its own way."
+    attention: Literal["auto", "reference", "blocked", "splash", "cudnn"] = "auto"
+    "All scores at once, in blocks, in a TPU's or a GPU's kernel (auto: where it can run); a ring has its own way."
     remat: Remat = Remat()
     "What the backward pass computes again."
     offload_optimizer: bool = False

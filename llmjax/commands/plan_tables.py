@@ -16,6 +16,7 @@ from llmjax.plan.memory import Memory
 from llmjax.plan.schedule import Time as Compiled
 from llmjax.run import Run, differences, to_json
 from llmjax.train.display import Display, duration, memory
+from llmjax.train.program import kernel
 
 ROWS = 16  # of a table of communication
 PLANNED = {"mesh", "axes", "layout", "pipeline", "remat", "accumulate"}  # what a plan's own command says in any case
@@ -74,9 +75,15 @@ def header(display: Display, found: Estimate) -> None:
             "devices": f"{found.chips} x {run.mesh.chip.name}{slices}{shape}",
             "mesh": f"{run.mesh.name}: {cut(found.sizes)}; layout {run.layout.name}{schedule(run, found.sizes)}",
             "run": f"{run.steps:,} steps of {run.batch:,} rows of {run.sequence:,}",
-            "compute": f"accumulation {found.accumulate}, remat {run.remat}",
+            "compute": f"accumulation {found.accumulate}, remat {run.remat}, attention {attention(run, found.sizes)}",
         },
     )
+
+
+def attention(run: Run, sizes: Axes) -> str:
+    """How it is computed, and why not in the kernel that such chips have."""
+    way, lacking = kernel(run, sizes, run.mesh.chip)
+    return f"{way} ({lacking})" if lacking else way
 
 
 def cut(sizes: Axes) -> str:

@@ -290,7 +290,7 @@ def header(program: Program, state: State, dataset, start: int, display: Display
             "devices": f"{program.mesh.size} x {jax.devices()[0].device_kind}{here}",
             "mesh": f"{run.mesh.name}: {axes}; layout {run.layout.name}",
             "compute": f"{program.compute.operands} products, accumulation {program.accumulate}, remat {run.remat}, "
-            f"attention {program.compute.attention}",
+            f"attention {program.compute.attention}" + (f" ({program.lacking})" if program.lacking else ""),
             **({"local": local(run, program.mesh.shape["data"])} if run.local.every else {}),
             "memory": f"per device: parameters {memory(bytes_per_device(state.model, program.mesh))}, "
             f"optimizer {memory(bytes_per_device(state.opt, program.mesh))}",

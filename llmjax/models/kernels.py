@@ -6,6 +6,7 @@ from llmjax.models.cudnn import WIDEST
 OWN = dict(tpu="splash", gpu="cudnn")  # the kernel that only one platform has
 BLOCK = {"TPU v6e": 2048, "TPU 7x": 2048}  # positions in a block of splash: what the kernel's fast memory holds
 NARROWER = 1024
+LONG = 1024  # positions from which blocks are faster than all scores at once: on a CPU as fast at 256, then 1.6 times
 
 
 def lacks(kernel: str, platform: str, *, positions: int, ways: int, head_dim: int, bfloat16: bool) -> str:

@@ -102,7 +102,8 @@ def plannable(run: Run) -> None:
 
 def traceable(run: Run) -> Run:
     """The run as it can be traced with no GPU: JAX looks for cuDNN as soon as its attention is traced."""
-    return dataclasses.replace(run, attention="blocked") if run.attention == "cudnn" else run
+    gpu = run.mesh.chip.platform == "gpu" and run.attention in ("auto", "cudnn")
+    return dataclasses.replace(run, attention="blocked") if gpu else run
 
 
 def type_check(estimate: Estimate) -> None:

@@ -15,11 +15,11 @@ import jax
 from llmjax import mesh as meshes
 from llmjax.layout import axes_of, ways
 from llmjax.mesh import AXES, Axes, Chip
-from llmjax.models import nn
+from llmjax.models import blocked, nn
 from llmjax.models.moe import SLACK
 from llmjax.models.pipeline import ticks
 from llmjax.models.shapes import LAYER, Matrix
-from llmjax.plan.work import cut, is_fused
+from llmjax.plan.work import cut
 from llmjax.run import Run
 from llmjax.train import diloco, pieces, program
 from llmjax.train import step as steps
@@ -127,7 +127,7 @@ class Part:
     stream: float
     "Between blocks."
     keys: float
-    "Positions that a token's scores are of, at once: all, or around a ring three pairs of the 2n pieces."
+    "Positions that a token's scores are of, at once: all, a block's of blocks, none, or in a ring three of 2n pieces."
     number: int
     "Bytes of an activation's number."
     layers: int
@@ -150,8 +150,8 @@ class Part:
         return self.tokens * self.keys * self.letters["H"]
 
 
-def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
-    """The part of this device."""
+def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool, attention: str) -> Part:
+    """The part of this device, whose attention is computed so."""
     layout, letters = run.layout, dict(run.model.sizes())
     stages = ways(layout.params.get("L"), sizes)
     rows = run.batch // ways(layout.inner.get("B"), sizes) // accumulate
@@ -169,11 +169,14 @@ def part(run: Run, sizes: Axes, accumulate: int, bfloat16: bool) -> Part:
     capacity = getattr(run.model, "capacity", 0)
     rounds = bool(met) and not capacity and ways(layout.inner.get("E"), sizes) > 1
     routed = met * (capacity or (SLACK if rounds else 1))
-    keys = run.sequence if ring == 1 else 3 / 2 * run.sequence / (2 * ring)
+    size = blocked.block(run.sequence // inside, blocked.BLOCK)
+    at_once = dict(
+        blocked=size * size * inside / run.sequence, ring=3 / 2 * run.sequence / (2 * ring), splash=0, cudnn=0
+    )
     return Part(
         tokens=tokens / inside,
         stream=tokens / ways(layout.stream.get("T"), sizes),
-        keys=0 if is_fused(run, sizes) else keys,
+        keys=at_once.get(attention, run.sequence),
         number=2 if bfloat16 else 4,
         layers=layers,
         passes=passes,
@@ -213,7 +216,8 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
     habits = TPU if platform == "tpu" else HOST
     bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and platform != "cpu")
     parameters, optimizer = state(run, sizes)
-    one = part(run, sizes, accumulate, bfloat16 and platform != "cpu")
+    attention = program.kernel(run, sizes, chip)[0] if chip else run.attention
+    one = part(run, sizes, accumulate, bfloat16 and platform != "cpu", attention)
     one = dataclasses.replace(one, pieces=pieces_of(run, sizes, accumulate, chip))
     turns = one.layers * one.passes
     kept = saved(run, one) * (min(turns, MOVING) if run.remat.offload else turns)

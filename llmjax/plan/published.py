@@ -129,7 +129,7 @@ def experiment(row: Row, chips: Sequence[Chip]) -> Published:
     run = Run(
         model=model, data=None, optimizer=AdamW(lr=1e-4), loss=NextToken(), mesh=cluster, axes=sizes,
         layout=_layout(row, sizes), pipeline=_pipeline(row, batch, sizes), batch=batch, sequence=sequence,
-        accumulate=accumulate, name=row["id"],
+        accumulate=accumulate, attention="reference", name=row["id"],
     )  # fmt: skip
     method = Method(
         again=again,

@@ -12,6 +12,7 @@ from llmjax.mesh import AXES, Axes
 from llmjax.models.kernels import OWN
 from llmjax.models.shapes import LAYER, Matrix
 from llmjax.run import Run
+from llmjax.train.program import kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ def repeated(run: Run, stages: int) -> Again:
 
 def is_fused(run: Run, sizes: Axes) -> bool:
     """Whether attention is computed in a kernel of its own, which leaves no scores in memory."""
-    return run.attention in OWN.values() and ways(run.layout.inner.get("S"), sizes) == 1
+    return kernel(run, sizes, run.mesh.chip)[0] in OWN.values()
 
 
 def cut(layout: Layout, matrix: Matrix, letters: dict[str, int], sizes: Axes, where: str) -> float:

@@ -45,6 +45,7 @@ class Program:
     try_again: Callable[[steps.State], steps.State]
     flops_per_token: float | None = None  # causal attention; None where the model does not say
     peak: float | None = None  # bfloat16 FLOP/s of all chips; None where it is not known
+    lacking: str = ""  # why attention is not in the kernel that such chips have
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -104,6 +105,9 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     check_chip(run, chip)
     on_cpu = chip.platform == "cpu"
     bfloat16 = in_bfloat16(run, chip)
+    attention, lacking = kernel(run, axes, chip)
+    if run.attention == attention and lacking:
+        raise Refused(f"attention is {attention}, but {lacking}: use auto, blocked or reference.")
     compute = nn.Compute(
         layout=run.layout,
         operands="bfloat16" if bfloat16 else "float32",
@@ -113,7 +117,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         unroll=min(getattr(run.model, "layers", 1), run.unroll or (UNROLLED if on_cpu else 1)),
         chunk=chunk(run, axes, accumulate, chip),
         pipeline=run.pipeline,
-        attention=kernel(run, axes, chip),
+        attention=attention,
         block=kernels.BLOCK.get(chip.name, kernels.NARROWER),
     )
     tx = transformation(run)
@@ -137,6 +141,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         try_again=jax.jit(steps.ready, donate_argnums=0),
         flops_per_token=flops,
         peak=chip.flops and flops and chip.flops * mesh.size,
+        lacking=lacking,
     )
 
 
@@ -145,22 +150,25 @@ def in_bfloat16(run: Run, chip: Chip) -> bool:
     return run.dtype == "bfloat16" or (run.dtype == "auto" and chip.platform != "cpu")
 
 
-def kernel(run: Run, axes: Axes, chip: Chip) -> str:
-    """How attention is computed: as the run says, but around a ring where the layout has one.
+def kernel(run: Run, axes: Axes, chip: Chip) -> tuple[str, str]:
+    """(how attention is computed, why not in the kernel that is asked for or is the platform's own).
 
-    Raises:
-      Refused: the run names a kernel that cannot be used here.
+    Without a kernel, long sequences go in blocks.
     """
     head_dim = run.model.sizes().get("K") if hasattr(run.model, "sizes") else None
     if not head_dim:  # there is no attention
-        return "reference"
+        return "reference", ""
     if ways(run.layout.inner.get("S"), axes) > 1:
-        return "ring"
+        return "ring", ""
     ways_T = ways(run.layout.inner.get("T"), axes)
     shapes = dict(positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=in_bfloat16(run, chip))
-    if why := kernels.lacks(run.attention, chip.platform, **shapes):
-        raise Refused(f"attention is {run.attention}, but {why}: use blocked or reference.")
-    return run.attention
+    if run.attention != "auto":
+        return run.attention, kernels.lacks(run.attention, chip.platform, **shapes)
+    own = kernels.OWN.get(chip.platform)
+    why = kernels.lacks(own, chip.platform, **shapes) if own else ""
+    if own and not why:
+        return own, ""
+    return "blocked" if run.sequence >= kernels.LONG else "reference", why
 
 
 def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:

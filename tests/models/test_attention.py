@@ -110,7 +110,7 @@ def test_blocks_hold_no_scores_of_the_whole_square():
 @pytest.mark.parametrize(
     ("kernel", "changes", "said"),
     [
-        ("splash", {}, "attention is splash, but splash runs on TPUs, and this is a CPU: use blocked or reference."),
+        ("splash", {}, "attention is splash, but splash runs on TPUs, and this is a CPU: use auto, blocked or reference."),
         ("cudnn", {}, "attention is cudnn, but cudnn runs on GPUs"),
         ("splash", dict(mesh=v5p_64.cluster, sequence=96), "multiples of 128 positions on a device, and there are 96"),
         ("cudnn", dict(mesh=h200.cluster, dtype="float32"), "cudnn takes bfloat16, and products are float32"),
@@ -120,12 +120,32 @@ def test_a_kernel_that_cannot_run_here_is_refused_when_asked_for(kernel, changes
     run = dataclasses.replace(stdlib_tiny.run, mesh=cpu8.cluster, attention=kernel)
     run = dataclasses.replace(run, **changes)
     with pytest.raises(Refused, match=re.escape(said)):
-        program.kernel(run, meshes.Axes(*[1] * 6), run.mesh.chip)
+        program.make(run, meshes.abstract_mesh(meshes.Axes(*[1] * 6)), run.mesh.chip)
+
+
+@pytest.mark.parametrize(
+    ("changes", "way", "said"),
+    [
+        (dict(mesh=v5p_64.cluster), "splash", ""),
+        (dict(mesh=v5p_64.cluster, sequence=96), "reference", "multiples of 128 positions"),
+        (dict(mesh=v5p_64.cluster, sequence=2000), "blocked", "multiples of 128 positions"),
+        (dict(mesh=h200.cluster), "cudnn", ""),
+        (dict(mesh=h200.cluster, dtype="float32"), "reference", "cudnn takes bfloat16"),
+        (dict(mesh=cpu8.cluster), "reference", ""),
+        (dict(mesh=cpu8.cluster, sequence=4096), "blocked", ""),
+    ],
+)
+def test_a_run_takes_the_kernel_of_its_platform_by_itself_and_says_why_where_it_cannot(changes, way, said):
+    model = dataclasses.replace(stdlib_tiny.run.model, positions=4096)
+    run = dataclasses.replace(stdlib_tiny.run, model=model, **changes)
+    made = program.make(run, meshes.abstract_mesh(meshes.Axes(*[1] * 6)), run.mesh.chip)
+    assert made.compute.attention == way
+    assert said in made.lacking and bool(said) == bool(made.lacking)
 
 
 def test_a_ring_has_its_own_way_and_no_windows():
     run = dataclasses.replace(stdlib_tiny.run, mesh=cpu8.cluster, layout=layouts.ring, attention="blocked")
-    assert program.kernel(run, meshes.Axes(1, 1, 1, 1, 2, 1), cpu8.cluster.chip) == "ring"
+    assert program.kernel(run, meshes.Axes(1, 1, 1, 1, 2, 1), cpu8.cluster.chip) == ("ring", "")
     with pytest.raises(Refused, match="attention has a window of 100 positions, and a ring has none"):
         attended("ring", "ring", 2, 100, False, context=2)
 

@@ -47,13 +47,15 @@ def test_full_remat_adds_the_forward_pass_of_the_layers_but_for_the_product_that
 
 
 def test_fused_attention_computes_the_triangle_and_keeps_scores_out_of_memory():
-    plain, fused = planned("fsdp", axes(fsdp=64))[0], planned("fsdp", axes(fsdp=64), FUSED)[0]
+    plain, fused = (planned("fsdp", axes(fsdp=64), attention=way)[0] for way in ("reference", "splash"))
+    assert fused == planned("fsdp", axes(fsdp=64))[0] == planned("fsdp", axes(fsdp=64), FUSED, attention="reference")[0]
     assert fused.attention == pytest.approx(plain.attention / 2)
     assert "scores" in plain.traffic and "scores" not in fused.traffic
 
 
 def test_a_ring_computes_little_more_than_the_triangle():
-    whole, ring = planned("fsdp_cp", axes(fsdp=16, context=4))[0], planned("fsdp_ring", axes(fsdp=16, context=4))[0]
+    cut = axes(fsdp=16, context=4)
+    whole, ring = planned("fsdp_cp", cut, attention="reference")[0], planned("fsdp_ring", cut)[0]
     assert ring.attention / whole.attention == pytest.approx(9 / 16)
 
 
