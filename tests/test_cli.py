@@ -223,6 +223,12 @@ def test_help_tells_every_command_and_version_the_version(shell):
     assert shell("--version").out == f"{llmjax.__version__}\n"
 
 
+def test_help_is_quick_as_it_loads_nothing_heavy():
+    code = "import sys; from llmjax import cli; cli.main(); print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "rich", "tyro"}.isdisjoint(ended.stdout.split())
+
+
 @pytest.mark.parametrize("command", ["train", "bench", "plan"])
 def test_help_of_every_experiment_is_for_people(shell, command):
     for name in ("stdlib_tiny", "gpt2_124m_h200", "llama31_405b_v5p_512", "tutorial_mlp"):
