@@ -4,6 +4,11 @@
 
 The model and text of `chars_adamw`, two layers with a head of their own, trained at every width with every rate of a
 grid and each optimizer; at `BASE` they are one. What counts is the loss on the first held-out text after the last step.
+
+On two virtual cores of an Intel Xeon (2026-11-25, Python 3.11, jax 0.10.2; 13 min of processor time): the best of the grid
+is 2^-7 at every width under muP; under AdamW it is 2^-7, 2^-8, 2^-9 and 2^-10 at widths 64, 128, 256 and 512. In so few
+steps AdamW at each width's own best rate is ahead, 2.055 to 2.101 nats at 512: under muP the head starts small and has
+to grow. After 600 steps of width 256 it is not, 1.693 at 2^-9 to 1.687.
 """
 
 import dataclasses
@@ -19,6 +24,7 @@ import numpy as np
 import optax
 
 from experiments import chars_adamw
+from llmjax import mesh as meshes
 from llmjax.data import batches
 from llmjax.data.dataset import Dataset
 from llmjax.models.llama import Llama
@@ -30,7 +36,7 @@ from llmjax.train import step as steps
 from llmjax.train.program import Program, make, resolve, transformation
 
 HELD_OUT = 256  # rows
-BASE, WIDTHS, RATES = 64, (64, 128, 256, 512), tuple(2.0**-k for k in range(10, 3, -1))
+BASE, WIDTHS, RATES = 64, (64, 128, 256, 512), tuple(2.0**-k for k in range(11, 4, -1))
 
 
 def sized(width: int) -> Llama:
@@ -46,8 +52,6 @@ run = dataclasses.replace(chars_adamw.run, model=sized(BASE), optimizer=OPTIMIZE
 
 def on_one_device(run: Run) -> Program:
     """The run's program on the first device of this machine."""
-    from llmjax import mesh as meshes
-
     devices = jax.devices()[:1]
     return make(run, meshes.device_mesh(resolve(run, 1), devices), meshes.chip_of(run.mesh, devices))
 
@@ -108,14 +112,12 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(OPTIMIZERS), figsize=(10, 4.2), sharey=True, layout="constrained")
     widths = sorted({row["width"] for row in found})
     colours = dict(zip(widths, pyplot.colormaps["viridis"](np.linspace(0.1, 0.85, len(widths))), strict=True))
-    lowest = min(min(row["losses"]) for row in found)
     for panel, name in zip(panels, OPTIMIZERS, strict=True):
         for row in (row for row in found if row["optimizer"] == name):
             colour = colours[row["width"]]
             panel.plot(row["rates"], row["losses"], marker="o", markersize=3, color=colour, label=f"{row['width']}")
             panel.plot(row["best"], min(row["losses"]), marker="*", markersize=14, color=colour)
         panel.set_xscale("log", base=2)
-        panel.set_ylim(lowest - 0.05, lowest + 1.2)
         panel.set(title=name, xlabel="learning rate")
     panels[0].set_ylabel(f"held-out nats per byte, {run.steps} steps")
     panels[-1].legend(title="width")
