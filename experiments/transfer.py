@@ -5,10 +5,10 @@
 The model and text of `chars_adamw`, two layers with a head of their own, trained at every width with every rate of a
 grid and each optimizer; at `BASE` they are one. What counts is the loss on the first held-out text after the last step.
 
-On two virtual cores of an Intel Xeon (2026-11-25, Python 3.11, jax 0.10.2; 13 min of processor time): the best of the grid
-is 2^-7 at every width under muP; under AdamW it is 2^-7, 2^-8, 2^-9 and 2^-10 at widths 64, 128, 256 and 512. In so few
-steps AdamW at each width's own best rate is ahead, 2.055 to 2.101 nats at 512: under muP the head starts small and has
-to grow. After 600 steps of width 256 it is not, 1.693 at 2^-9 to 1.687.
+On two virtual cores of an Intel Xeon (2026-11-25, Python 3.11, jax 0.10.2; 13 min of processor time): the best rate of
+the grid is 2^-7 at every width under muP; under AdamW it is 2^-7, 2^-8, 2^-9 and 2^-10 at widths 64, 128, 256 and 512.
+In so few steps AdamW at each width's own best rate is ahead, 2.055 to 2.101 nats at 512: a head that starts small has
+to grow. After 600 steps of width 256 it is not, 1.693 at 2^-9 to 1.687 at 2^-7.
 """
 
 import dataclasses
