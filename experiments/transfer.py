@@ -45,7 +45,7 @@ def sized(width: int) -> Llama:
     return dataclasses.replace(chars_adamw.run.model, layers=2, width=width, ff=11 * width // 4, tied=False, **heads)
 
 
-ADAMW = AdamW(schedule=Cosine(warmup=0.2, final=0.0), b1=0.8)
+ADAMW = AdamW(lr=2**-7, schedule=Cosine(warmup=0.2, final=0.0), b1=0.8)
 OPTIMIZERS = dict(AdamW=ADAMW, MuP=MuP(base=BASE, **vars(ADAMW)))
 run = dataclasses.replace(chars_adamw.run, model=sized(BASE), optimizer=OPTIMIZERS["MuP"], steps=150, batch=8)
 
