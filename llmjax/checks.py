@@ -40,6 +40,8 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
             f"loss is {type(run.loss).__name__}, but {type(run.model).__name__} has no experts to keep even: "
             f"use NextToken, or a model with experts such as Mixtral."
         )
+    if hasattr(run.optimizer, "start"):
+        _check_head(run)
     if hasattr(run.model, "sizes"):
         _check_model(run, axes)
     _check_pipeline(run, axes, accumulate)
@@ -153,6 +155,22 @@ def _check_local(run: Run, axes: Axes) -> None:
             f"local.fragments is {local.fragments}, but the layers are cut over '{over[0]}': set --local.fragments 1, "
             f"or --axes.{over[0]} 1."
         )
+
+
+def _check_head(run: Run) -> None:
+    model, optimizer = type(run.model).__name__, type(run.optimizer).__name__
+    matrices = run.model.matrices() if hasattr(run.model, "matrices") else {}
+    if not any(head.dims.startswith("V") for head in matrices.get("head", ())):  # VD is the embedding, DV a head
+        return
+    if hasattr(run.model, "tied"):
+        raise Refused(
+            f"model.tied is {run.model.tied}, but {optimizer} needs a head that starts smaller than an embedding: set "
+            f"it to False (--model.no-tied), or use another optimizer."
+        )
+    raise Refused(
+        f"optimizer is {optimizer}, which needs a head that starts smaller than an embedding, and {model} always ties "
+        f"the two: use a family with a field model.tied, such as Llama, or another optimizer."
+    )
 
 
 def _check_model(run: Run, axes: Axes) -> None:

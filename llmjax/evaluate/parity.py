@@ -109,6 +109,8 @@ def trace(run: Run, mesh: Mesh, chip: Chip, steps: int) -> Trace:
     losses, norms, loads, gradients = [], [], [], {}
     with program.context():
         state = program.init(jax.random.key(run.seed))
+        if start := getattr(run.optimizer, "start", None):
+            state = dataclasses.replace(state, model=jax.jit(start)(state.model))
         for step in range(steps):
             state, metrics = program.step(state, batch(program, step))
             losses.append(float(metrics["loss"]))

@@ -32,6 +32,9 @@ class Optimizer(Protocol):
 
     One whose gradients are not taken at the model's own parameters also has `point(model, opt)`, which gives the model
     they are taken at from it and the state of `build`, or one that holds that state.
+
+    One that changes how a model's head starts has `start(model)`, which gives the model that training begins with from
+    a fresh one; see `llmjax.optim.mup`. Models that tie the head to the embedding are refused then.
     """
 
     lr: float

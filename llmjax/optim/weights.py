@@ -29,6 +29,16 @@ def rows_and_columns(path: Path, x: jax.Array) -> tuple[tuple[int, ...], tuple[i
     return tuple(d - columns for d in _last(rows)), _last(columns)
 
 
+def sides(path: Path, x: jax.Array) -> tuple[str, str]:
+    """The letters of the rows and of the columns: "D" and "HK" of `query_DHK`, none and "F" of `up_bias_F`.
+
+    A name without letters has none.
+    """
+    letters = _letters(_name(path).split("_"), x)
+    rows, columns = rows_and_columns(path, x) if letters else ((), ())
+    return "".join(letters[d] for d in rows), "".join(letters[d] for d in columns)
+
+
 def matrices(tree: Any) -> Any:
     """Which parameters of a model are matrices, as a tree of booleans: those that weight decay is for."""
     return jax.tree_util.tree_map_with_path(lambda path, x: bool(rows_and_columns(path, x)[0]), tree)

@@ -121,12 +121,12 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         block=kernels.BLOCK.get(chip.name, kernels.NARROWER),
     )
     tx = transformation(run)
-    init = functools.partial(steps.init, run.model.init, tx)
+    init = functools.partial(steps.init, build(run), tx)
     step = functools.partial(
         steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas, point=getattr(run.optimizer, "point", None)
     )
     if run.local.every:
-        init = functools.partial(diloco.init, run.model.init, tx)
+        init = functools.partial(diloco.init, build(run), tx)
         step = functools.partial(diloco.train_step, loss=run.loss, tx=tx, how=run.local, last=run.steps)
     flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None
     return Program(
@@ -143,6 +143,12 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         peak=chip.flops and flops and chip.flops * mesh.size,
         lacking=lacking,
     )
+
+
+def build(run: Run) -> Callable[[jax.Array], nnx.Module]:
+    """What makes the model that training begins with from a key."""
+    start = getattr(run.optimizer, "start", None)
+    return (lambda key: start(run.model.init(key))) if start else run.model.init
 
 
 def in_bfloat16(run: Run, chip: Chip) -> bool:

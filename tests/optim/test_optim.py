@@ -20,6 +20,7 @@ from llmjax.optim.adafactor import Adafactor
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.lion import Lion
 from llmjax.optim.muon import Muon
+from llmjax.optim.mup import MuP
 from llmjax.optim.schedule_free import ScheduleFreeAdamW
 from llmjax.optim.schedules import Constant, Cosine
 from llmjax.optim.sgd import SGD
@@ -38,6 +39,7 @@ OPTIMIZERS = {
     "adafactor": Adafactor(lr=1e-1, schedule=WARM, weight_decay=0.01),
     "muon": Muon(lr=2e-2, others_lr=2e-2, schedule=WARM),
     "muon in bfloat16": Muon(lr=2e-2, others_lr=2e-2, schedule=WARM, moments="bfloat16"),
+    "mup": MuP(base=16, lr=2e-2, schedule=WARM),
     "schedule-free": ScheduleFreeAdamW(lr=4e-2, schedule=Constant(warmup=4)),
     "sgd": SGD(lr=0.3, schedule=WARM, nesterov=True),
 }
