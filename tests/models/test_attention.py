@@ -110,7 +110,7 @@ def test_blocks_hold_no_scores_of_the_whole_square():
 @pytest.mark.parametrize(
     ("kernel", "changes", "said"),
     [
-        ("splash", {}, "attention is splash, but splash runs on TPUs, and this is a CPU: use auto, blocked or reference."),
+        ("splash", {}, "splash, but splash runs on TPUs, and this is a CPU: use auto, blocked or reference."),
         ("cudnn", {}, "attention is cudnn, but cudnn runs on GPUs"),
         ("splash", dict(mesh=v5p_64.cluster, sequence=96), "multiples of 128 positions on a device, and there are 96"),
         ("cudnn", dict(mesh=h200.cluster, dtype="float32"), "cudnn takes bfloat16, and products are float32"),
