@@ -47,6 +47,7 @@ class Compute:
     attention: str = "reference"  # or blocked, splash, cudnn, ring
     block: int = 1024  # most positions in a block of attention
     interpret: bool = False  # run that kernel by what it means, on any platform
+    apart: bool = False  # whether a product with a weight is compiled apart from what is done to its result
 
 
 _compute = jax.make_user_context(Compute())
@@ -104,7 +105,7 @@ def _project(subscripts, then, x, weights):
     def one(subscripts, weight):
         _, dims, out = _dims(subscripts)
         place = how().layout.activation(out)
-        return _einsum(subscripts, x, _gather(weight, dims), how().activations, place)
+        return _apart(_einsum(subscripts, x, _gather(weight, dims), how().activations, place))
 
     with compute(then):
         return [one(*each) for each in zip(subscripts, weights, strict=True)]
@@ -143,7 +144,13 @@ def _unreduced(subscripts, a, b, dtype, like) -> tuple[jax.Array, frozenset[str]
     a_dims, _, out = _dims(subscripts)
     cuts = zip(a_dims, jax.typeof(a).sharding.spec, strict=True)
     over = frozenset(axis for d, cut in cuts if d not in out for axis in layouts.axes_of(cut) if _opens())
-    return _einsum(subscripts, a, b, dtype, P(*jax.typeof(like).sharding.spec.partitions, unreduced=over)), over
+    place = P(*jax.typeof(like).sharding.spec.partitions, unreduced=over)
+    return _apart(_einsum(subscripts, a, b, dtype, place)), over
+
+
+def _apart(x: jax.Array) -> jax.Array:
+    """The result of a product. By the TPU compiler's own cycles, norms and gates take more in its loop than alone."""
+    return jax.lax.optimization_barrier(x) if how().apart else x
 
 
 def _opens() -> bool:

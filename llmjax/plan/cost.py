@@ -48,11 +48,14 @@ def cost(module: Module, computation: str, x: Instruction, chip: Chip) -> Cost:
         return Cost()
     if x.opcode == "call-start":
         return Cost(unknown="call-start on the sparse core, taken to be hidden")
-    part = "attention" if "scores" in hlo.origin(module, computation, x).split("/") else ""
+    origin = hlo.origin(module, computation, x)
+    part = "attention" if "scores" in origin.split("/") else ""
     if x.opcode == "custom-call":
         if flops := attention_flops(x):
             return Cost(flops / (chip.flops * chip.efficiency.attention), "attention")
         return Cost(0.0, part or "other", f"custom-call {x.target()}, {_kernel(x)}")
+    if part and "_splash_attention" in origin:
+        return Cost(part=part)  # what is done around the kernel: its efficiency, fitted to whole steps, holds that too
     if cycles is None:
         size = _written(module.computations[computation], x)
         known = size <= SMALL or calls(module, x, "AsyncCollectiveDone")

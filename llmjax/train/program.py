@@ -21,7 +21,7 @@ from llmjax.layout import ways
 from llmjax.mesh import Axes, Chip
 from llmjax.models import kernels, nn
 from llmjax.run import Run
-from llmjax.train import diloco
+from llmjax.train import diloco, flags
 from llmjax.train import step as steps
 
 LARGE, PIECE = 2**30, 4096  # bytes of a device's float32 logits that are taken in pieces, of so many tokens
@@ -119,6 +119,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         pipeline=run.pipeline,
         attention=attention,
         block=kernels.BLOCK.get(chip.name, kernels.NARROWER),
+        apart=chip.platform == "tpu",
     )
     tx = transformation(run)
     init = functools.partial(steps.init, build(run), tx)
@@ -128,6 +129,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     if run.local.every:
         init = functools.partial(diloco.init, build(run), tx)
         step = functools.partial(diloco.train_step, loss=run.loss, tx=tx, how=run.local, last=run.steps)
+    compiler_options = flags.known(flags.options(chip), mesh) if isinstance(mesh, Mesh) else {}
     flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None
     return Program(
         run=run,
@@ -135,7 +137,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         compute=compute,
         accumulate=accumulate,
         init=jax.jit(init, compiler_options=ONCE if on_cpu else None),
-        step=jax.jit(step, donate_argnums=0),
+        step=jax.jit(step, donate_argnums=0, compiler_options=compiler_options or None),
         evaluate=jax.jit(functools.partial(steps.eval_step, loss=getattr(run.loss, "held_out", run.loss))),
         pass_over=jax.jit(steps.passed_over, donate_argnums=0),
         try_again=jax.jit(steps.ready, donate_argnums=0),
