@@ -19,7 +19,8 @@ from llmjax.checks import check, check_chip
 from llmjax.errors import Refused
 from llmjax.layout import ways
 from llmjax.mesh import Axes, Chip
-from llmjax.models import kernels, nn
+from llmjax.models import kernels, nn, quantized
+from llmjax.optim import parameters
 from llmjax.run import Run
 from llmjax.train import diloco
 from llmjax.train import step as steps
@@ -103,10 +104,11 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     check(run, axes, accumulate)
     check_chip(run, chip)
     on_cpu = chip.platform == "cpu"
-    bfloat16 = in_bfloat16(run, chip)
+    bfloat16 = in_bfloat16(run, chip.platform)
     compute = nn.Compute(
         layout=run.layout,
         operands="bfloat16" if bfloat16 else "float32",
+        rounding=quantized.TYPES.get(run.dtype, ""),
         activations="bfloat16" if bfloat16 and not on_cpu else "float32",
         remat=run.remat.policy,
         offload=run.remat.offload,
@@ -117,7 +119,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         block=kernels.BLOCK.get(chip.name, kernels.NARROWER),
     )
     tx = transformation(run)
-    init = functools.partial(steps.init, run.model.init, tx)
+    init = functools.partial(steps.init, weights(run), tx)
     step = functools.partial(
         steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas, point=getattr(run.optimizer, "point", None)
     )
@@ -140,9 +142,9 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     )
 
 
-def in_bfloat16(run: Run, chip: Chip) -> bool:
-    """Whether products take bfloat16 operands."""
-    return run.dtype == "bfloat16" or (run.dtype == "auto" and chip.platform != "cpu")
+def in_bfloat16(run: Run, platform: str) -> bool:
+    """Whether products take bfloat16 operands, or less."""
+    return run.dtype != "float32" and (run.dtype != "auto" or platform != "cpu")
 
 
 def kernel(run: Run, axes: Axes, chip: Chip) -> str:
@@ -157,8 +159,9 @@ def kernel(run: Run, axes: Axes, chip: Chip) -> str:
     if ways(run.layout.inner.get("S"), axes) > 1:
         return "ring"
     ways_T = ways(run.layout.inner.get("T"), axes)
-    shapes = dict(positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=in_bfloat16(run, chip))
-    if why := kernels.lacks(run.attention, chip.platform, **shapes):
+    shapes = dict(positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim)
+    bfloat16 = in_bfloat16(run, chip.platform)
+    if why := kernels.lacks(run.attention, chip.platform, bfloat16=bfloat16, **shapes):
         raise Refused(f"attention is {run.attention}, but {why}: use blocked or reference.")
     return run.attention
 
@@ -179,10 +182,18 @@ def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
     )
 
 
+def weights(run: Run) -> Callable[[jax.Array], nnx.Module]:
+    """What makes the run's model from a key, as it is stored."""
+    if run.parameters != "bfloat16":
+        return run.model.init
+    return lambda key: parameters.stored(run.model.init(key))
+
+
 def transformation(run: Run) -> optax.GradientTransformation:
     """The run's optimizer behind gradient clipping."""
     tx = run.optimizer.build(run.steps)
     tx = optax.chain(optax.clip_by_global_norm(run.clip), tx) if run.clip else tx
+    tx = parameters.in_float32(tx) if run.parameters == "bfloat16" else tx
     return on_host(tx) if run.offload_optimizer else tx
 
 
