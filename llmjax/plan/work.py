@@ -206,6 +206,9 @@ def _traffic(run: Run, sizes: Axes, tokens: float, layers: float, again: Again, 
     V = letters["V"] / ways(inner.get("V"), sizes)
     forward = dict(attention=2 * tokens * (6 * D + 4 * HGK), mlp=2 * tokens * (6 * D + 3 * F))
     traffic = {module: layers * each * (3 + again.of(module)) for module, each in forward.items()}
+    if run.dtype in TYPES:  # what goes in and the gradients of what comes out: each read twice and written
+        traffic["attention"] += 5 * tokens * layers * (2 * D + 2 * HGK)
+        traffic["mlp"] += 5 * tokens * layers * (2 * D + F) * ("E" not in letters)
     return traffic | {"head": tokens * V * method.loss_bytes}
 
 
