@@ -4,6 +4,9 @@ Every row of a factor, its numbers along the dims that the product sums over, is
 rounded by `qwix`: to a whole number in int8, to three bits behind the leading one in float8_e4m3fn. Sums are int32 or
 float32, and times both scales they are the product. A scale is the row's largest number over the largest of the type,
 wherever devices hold it, so rounding is the same on any mesh.
+
+So are products of a layer's dense weights computed, forward and for the gradient of what goes in. Gradients of weights
+are not (arXiv:2304.13013), nor are embedding, head, router, attention's own products and those of routed experts.
 """
 
 from typing import NamedTuple
