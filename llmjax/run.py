@@ -118,7 +118,7 @@ class Run:
     accumulate: int = 0
     "Microbatches per step; 0: one on an accelerator, as many as keep a CPU's caches warm on a CPU."
     dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"
-    "Of products. auto: bfloat16 on accelerators, float32 on CPUs. int8, fp8: with layers' dense weights, else bfloat16."
+    "Of products. auto: bfloat16 on accelerators, float32 on CPUs. int8, fp8: of layers' dense weights, else bfloat16."
     parameters: Literal["float32", "bfloat16"] = "float32"
     "What matrices are stored in between steps; in bfloat16 they are rounded at random, see optim.parameters."
     attention: Literal["reference", "blocked", "splash", "cudnn"] = "reference"
