@@ -1,6 +1,7 @@
 """What a run cannot be, found from its fields alone."""
 
 import dataclasses
+import importlib.util
 import math
 from typing import Any, get_args, get_type_hints
 
@@ -22,6 +23,8 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     for field, least in _LEAST.items():
         if not getattr(run, field) >= least:
             raise Refused(f"{field} is {getattr(run, field)}: give at least {least}.")
+    _check_dtype(run)
+    _check_parameters(run)
     _check_guard(run)
     _check_remat(run)
     if run.keep_best and not (run.eval_every and (run.save_every or run.save_minutes)):
@@ -49,6 +52,11 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
 
 def check_chip(run: Run, chip: Chip) -> None:
     """Refuses what a chip cannot do."""
+    if run.dtype == "fp8" and not chip.fp8:
+        raise Refused(
+            f"dtype is fp8, in which a {chip.name} multiplies no faster, if at all: choose bfloat16 or int8, or a mesh "
+            f"of chips that say their fp8 rate, such as H100, H200, B200 and TPU 7x."
+        )
     if chip.platform != "cpu":
         return
     for field, asked in {"remat.offload": run.remat.offload, "offload_optimizer": run.offload_optimizer}.items():
@@ -60,6 +68,33 @@ def check_chip(run: Run, chip: Chip) -> None:
         raise Refused(
             f"loss_chunk is {run.loss_chunk}, but with pipeline.schedule 1f1b XLA's CPU devices can wait for each "
             f"other for ever: set it to 0, or choose gpipe or circular."
+        )
+
+
+def _check_dtype(run: Run) -> None:
+    if run.dtype not in (dtypes := get_args(get_type_hints(Run)["dtype"])):
+        raise Refused(f"dtype is {run.dtype!r}: give one of {', '.join(dtypes)}.")
+    if run.dtype in ("int8", "fp8") and importlib.util.find_spec("qwix") is None:
+        raise Refused(
+            f"dtype is {run.dtype}, which takes the package qwix: run pip install 'llmjax[quantized]' "
+            f"(uv sync --extra quantized in a clone), or choose bfloat16."
+        )
+
+
+def _check_parameters(run: Run) -> None:
+    if run.parameters not in (kinds := get_args(get_type_hints(Run)["parameters"])):
+        raise Refused(f"parameters is {run.parameters!r}: give one of {', '.join(kinds)}.")
+    if run.parameters == "float32":
+        return
+    if run.local.every:
+        raise Refused(
+            f"parameters is {run.parameters}, but local.every is {run.local.every}: an exchange would round to the "
+            f"nearest and lose small changes, so use float32, or 0 for synchronous training."
+        )
+    if hasattr(run.optimizer, "point"):
+        raise Refused(
+            f"parameters is {run.parameters}, but {type(run.optimizer).__name__} keeps an average that moves less than "
+            f"bfloat16 tells: use float32, or another optimizer."
         )
 
 

@@ -39,6 +39,8 @@ class Chip:
     platform: str  # as jax.devices()[0].platform says: cpu, gpu or tpu
     kinds: tuple[str, ...] = ()  # the values of jax.Device.device_kind that mean this chip
     flops: float | None = None  # dense bfloat16 peak, FLOP/s; None: not known
+    int8: float | None = None  # the same of int8; None: not known
+    fp8: float | None = None  # the same of fp8; None: it does not multiply that faster, or at all
     memory: float | None = None  # bytes; None: whatever the host has
     bandwidth: float | None = None  # memory, bytes/s
     link: float | None = None  # fast network, bytes/s, one way: one ICI axis, or NVLink egress

@@ -117,8 +117,10 @@ class Run:
     "Positions per sequence, T."
     accumulate: int = 0
     "Microbatches per step; 0: one on an accelerator, as many as keep a CPU's caches warm on a CPU."
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    "Precision of the products; parameters and losses stay float32. auto: bfloat16 on accelerators, float32 on CPUs."
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"
+    "Of products. auto: bfloat16 on accelerators, float32 on CPUs. int8, fp8: of layers' dense weights, else bfloat16."
+    parameters: Literal["float32", "bfloat16"] = "float32"
+    "What matrices are stored in between steps; in bfloat16 they are rounded at random, see optim.parameters."
     attention: Literal["auto", "reference", "blocked", "splash", "cudnn"] = "auto"
     "All scores at once, in blocks, in a TPU's or a GPU's kernel (auto: where it can run); a ring has its own way."
     remat: Remat = Remat()

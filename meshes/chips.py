@@ -1,11 +1,13 @@
 """Facts of each chip, with the source beside each value.
 
-A `Chip` is what JAX calls one device. Bytes are decimal (10^9 per GB) everywhere. FLOP/s are dense bfloat16 peaks.
+A `Chip` is what JAX calls one device. Bytes are decimal (10^9 per GB) everywhere. FLOP/s are dense peaks, `flops` those
+of bfloat16.
 Sources, by the short names used below:
 
     book-tpu  jax-ml/scaling-book, tpus.md (network figures at commit 54e2c439)
     book-gpu  jax-ml/scaling-book, gpus.md at commit 1a55377
     google    cloud.google.com/tpu/docs, the page of that TPU version
+    nvidia    the datasheet of that GPU or machine, dense
     maxtext   AI-Hypercomputer/maxtext, the peak it divides by
     jax       jax/_src/pallas/mosaic/tpu_info.py (0.10.2): which device_kind is which chip
     fit       `llmjax plan --published tests/plan/published_runs.csv` on so many rows; it prints the error of each
@@ -25,6 +27,7 @@ A100 = Chip(
     "gpu",
     kinds=("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM-80GB"),  # the 40 GB and PCIe cards are other chips
     flops=312e12,  # book-gpu (3.1e14, unrounded)
+    int8=624e12,  # nvidia: datasheet
     memory=80e9,  # book-gpu
     bandwidth=2.0e12,  # book-gpu
     link=300e9,  # book-gpu: NVLink egress, nodes of 8
@@ -37,6 +40,8 @@ H100 = Chip(
     "gpu",
     kinds=("NVIDIA H100 80GB HBM3",),  # SXM; PCIe and NVL cards have lower peaks
     flops=989e12,  # book-gpu (9.9e14, unrounded)
+    int8=1979e12,  # nvidia: datasheet
+    fp8=1979e12,  # book-gpu (2.0e15, unrounded)
     memory=80e9,  # book-gpu
     bandwidth=3.4e12,  # book-gpu
     link=450e9,  # book-gpu: NVLink egress, nodes of 8
@@ -49,6 +54,8 @@ H200 = Chip(
     "gpu",
     kinds=("NVIDIA H200",),
     flops=989e12,  # book-gpu: as H100
+    int8=1979e12,  # as H100
+    fp8=1979e12,  # as H100
     memory=141e9,  # book-gpu
     bandwidth=4.8e12,  # book-gpu
     link=450e9,  # book-gpu: as H100
@@ -61,6 +68,7 @@ B200 = Chip(
     "gpu",
     kinds=("NVIDIA B200",),
     flops=2.3e15,  # book-gpu
+    fp8=4.5e15,  # book-gpu
     memory=192e9,  # book-gpu
     bandwidth=8.0e12,  # book-gpu
     link=900e9,  # book-gpu: NVLink egress, nodes of 8
@@ -73,6 +81,7 @@ TPU_V4 = Chip(
     "tpu",
     kinds=("TPU v4",),  # jax
     flops=2.75e14,  # book-tpu
+    int8=2.75e14,  # book-tpu: no faster
     memory=32e9,  # book-tpu
     bandwidth=1.2e12,  # book-tpu
     link=4.5e10,  # book-tpu: each of 3 axes
@@ -85,6 +94,7 @@ TPU_V5E = Chip(
     "tpu",
     kinds=("TPU v5e", "TPU v5 lite"),  # jax
     flops=1.97e14,  # book-tpu
+    int8=3.94e14,  # book-tpu
     memory=16e9,  # book-tpu
     bandwidth=8.1e11,  # book-tpu
     link=4.5e10,  # book-tpu: each of 2 axes
@@ -97,6 +107,7 @@ TPU_V5P = Chip(
     "tpu",
     kinds=("TPU v5p", "TPU v5"),  # jax
     flops=4.59e14,  # book-tpu
+    int8=9.18e14,  # book-tpu
     memory=96e9,  # book-tpu
     bandwidth=2.8e12,  # book-tpu
     link=9e10,  # book-tpu: each of 3 axes
@@ -109,6 +120,7 @@ TPU_V6E = Chip(
     "tpu",
     kinds=("TPU v6e", "TPU v6 lite"),  # jax
     flops=9.18e14,  # maxtext; book-tpu rounds it to 9.2e14
+    int8=1.836e15,  # book-tpu (1.84e15, unrounded)
     memory=32e9,  # book-tpu
     bandwidth=1.6e12,  # book-tpu
     link=9e10,  # book-tpu: each of 2 axes
@@ -122,6 +134,7 @@ TPU_7X = Chip(
     "tpu",
     kinds=("TPU7x",),  # jax
     flops=2.307e15 / 2,  # google
+    fp8=4.614e15 / 2,  # google; of v5p and v6e it says that fp8 is no faster than bfloat16
     memory=192e9 / 2,  # google
     bandwidth=7.4e12 / 2,  # derived from google's figures
     link=9e10 / 2,  # derived: the lower of 9e10 and 1e11 for each of 3 axes

@@ -123,7 +123,7 @@ def stepper(run: Run, compiled: bool) -> Callable[[], None]:
     The batch is cut as `accumulate` says, and is one piece where it does not.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and device == "cuda")
+    bfloat16 = run.dtype != "float32" and (run.dtype != "auto" or device == "cuda")
     model = Model(run.model, run.sequence).to(device)
     adam, pieces = optimizer(run, model), max(run.accumulate, 1)
     loss = torch.compile(model) if compiled else model

@@ -274,6 +274,7 @@ def open_data(program: Program, display: Display, first: bool):
 def header(program: Program, state: State, dataset, start: int, display: Display) -> None:
     """What is about to happen."""
     run, model = program.run, program.run.model
+    operands = program.compute.rounding or program.compute.operands
     parameters = sum(x.size for x in jax.tree.leaves(state.model))
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     tokens = run.steps * run.batch * run.sequence
@@ -289,7 +290,7 @@ def header(program: Program, state: State, dataset, start: int, display: Display
             f"({run.steps * run.batch / train:.2f} epochs)",
             "devices": f"{program.mesh.size} x {jax.devices()[0].device_kind}{here}",
             "mesh": f"{run.mesh.name}: {axes}; layout {run.layout.name}",
-            "compute": f"{program.compute.operands} products, accumulation {program.accumulate}, remat {run.remat}, "
+            "compute": f"{operands} products, accumulation {program.accumulate}, remat {run.remat}, "
             f"attention {program.compute.attention}" + (f" ({program.lacking})" if program.lacking else ""),
             **({"local": local(run, program.mesh.shape["data"])} if run.local.every else {}),
             "memory": f"per device: parameters {memory(bytes_per_device(state.model, program.mesh))}, "

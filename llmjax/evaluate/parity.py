@@ -103,8 +103,9 @@ class Kept:
 def trace(run: Run, mesh: Mesh, chip: Chip, steps: int) -> Trace:
     """Trains a few steps in float32 on batches that depend on the run's seed alone; local SGD is left out."""
     kept = dataclasses.replace(
-        run, optimizer=Kept(run.optimizer, run.clip), clip=0.0, dtype="float32", steps=steps, local=DiLoCo(every=0)
-    )
+        run, optimizer=Kept(run.optimizer, run.clip), clip=0.0, dtype="float32", parameters="float32", steps=steps,
+        local=DiLoCo(every=0),
+    )  # fmt: skip
     program = make(kept, mesh, chip)
     losses, norms, loads, gradients = [], [], [], {}
     with program.context():

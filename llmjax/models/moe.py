@@ -226,12 +226,12 @@ def _product_backward(way, dims, saved, cotangent):
     into_x = _multiply(cotangent, jnp.swapaxes(whole, 1, 2), sizes_E, x.dtype)
     operands = x.astype(nn.how().operands), cotangent.astype(nn.how().operands)
     if sizes_E is None:
-        into_weight = jnp.einsum("EMX,EMY->EXY", *operands, preferred_element_type=weight.dtype)
+        into_weight = jnp.einsum("EMX,EMY->EXY", *operands, preferred_element_type=jnp.float32)
     else:
         into_weight = jax.lax.ragged_dot_general(
-            *operands, sizes_E, _OVER_ROWS, preferred_element_type=weight.dtype, out_sharding=P(None, None, None)
+            *operands, sizes_E, _OVER_ROWS, preferred_element_type=jnp.float32, out_sharding=P(None, None, None)
         )
-    return into_x, _scatter(way, dims, into_weight), None
+    return into_x, _scatter(way, dims, into_weight).astype(weight.dtype), None
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmjax import layout as layouts
 from llmjax.layout import Layout, Pipeline
-from llmjax.models import pipeline
+from llmjax.models import pipeline, quantized
 
 Sizes = Mapping[str, int]
 # What a layer's arrays are called where a policy decides what to keep: what goes into it, what attention gives, and
@@ -38,6 +38,7 @@ class Compute:
 
     layout: Layout = layouts.dp
     operands: str = "float32"  # dtype of the two factors of every product with a weight
+    rounding: str = ""  # or int8 or float8_e4m3fn, to which those of a layer's products are rounded; see `_rounds`
     activations: str = "float32"  # dtype of the product, and of the residual stream
     remat: str = "none"  # what the backward pass computes again: all but what KEPT names
     offload: bool = False  # whether that is kept in the host's memory
@@ -103,9 +104,12 @@ def project_all(subscripts: Sequence[str], x: jax.Array, *weights: nnx.Param) ->
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _project(subscripts, then, x, weights):
     def one(subscripts, weight):
-        _, dims, out = _dims(subscripts)
+        x_dims, dims, out = _dims(subscripts)
         place = how().layout.activation(out)
-        return _apart(_einsum(subscripts, x, _gather(weight, dims), how().activations, place))
+        if not _rounds(dims):
+            return _apart(_einsum(subscripts, x, _gather(weight, dims), how().activations, place))
+        factors = _rounded(x, x_dims, out), _rounded_and_gathered(weight, dims, out)
+        return jax.reshard(_unreduced(subscripts, *factors, how().activations, place)[0], place)
 
     with compute(then):
         return [one(*each) for each in zip(subscripts, weights, strict=True)]
@@ -128,10 +132,14 @@ def _slopes(subscripts, x, weights, cotangents):
     for each, weight, cotangent in zip(subscripts, weights, cotangents, strict=True):
         x_dims, dims, out = _dims(each)
         cotangent = jax.reshard(cotangent.astype(how().operands), how().layout.gathered(out))
-        used = _gather(weight, dims)
-        part, over = _unreduced(f"{out},{dims}->{x_dims}", cotangent, used, x.dtype, x)
+        if _rounds(dims):
+            factors = _rounded(cotangent, out, x_dims), _rounded_and_gathered(weight, dims, x_dims)
+        else:
+            factors = cotangent, _gather(weight, dims)
+        part, over = _unreduced(f"{out},{dims}->{x_dims}", *factors, x.dtype, jax.typeof(x).sharding.spec)
         into_x[over] = into_x[over] + part if over in into_x else part
-        part, over = _unreduced(f"{x_dims},{out}->{dims}", x, cotangent, weight.dtype, used if _opens() else weight)
+        place = how().layout.in_use(dims) if _opens() else jax.typeof(weight).sharding.spec
+        part, over = _unreduced(f"{x_dims},{out}->{dims}", x, cotangent, jnp.float32, place)
         into_weights.append(_sum_to(part, over, weight))
     return sum(jax.reshard(part, jax.typeof(x).sharding) for part in into_x.values()), tuple(into_weights)
 
@@ -139,13 +147,15 @@ def _slopes(subscripts, x, weights, cotangents):
 _project.defvjp(_project_forward, _project_backward)
 
 
-def _unreduced(subscripts, a, b, dtype, like) -> tuple[jax.Array, frozenset[str]]:
-    """The product cut as `like` is, with the sum over devices left open, and the axes it is left open over."""
+def _unreduced(subscripts, a, b, dtype, place) -> tuple[jax.Array, frozenset[str]]:
+    """The product with its sum over devices left open, and the axes it is open over; cut over others as `place`."""
     a_dims, _, out = _dims(subscripts)
-    cuts = zip(a_dims, jax.typeof(a).sharding.spec, strict=True)
+    rounds = isinstance(a, quantized.Factor)
+    cuts = zip(a_dims, jax.typeof(a.values if rounds else a).sharding.spec, strict=True)
     over = frozenset(axis for d, cut in cuts if d not in out for axis in layouts.axes_of(cut) if _opens())
-    place = P(*jax.typeof(like).sharding.spec.partitions, unreduced=over)
-    return _apart(_einsum(subscripts, a, b, dtype, place)), over
+    left = (tuple(axis for axis in layouts.axes_of(cut) if axis not in over) or None for cut in place.partitions)
+    place = P(*left, unreduced=over)
+    return _apart((quantized.einsum if rounds else _einsum)(subscripts, a, b, dtype, place)), over
 
 
 def _apart(x: jax.Array) -> jax.Array:
@@ -159,7 +169,7 @@ def _opens() -> bool:
 
 
 def _sum_to(part: jax.Array, over: frozenset[str], weight: jax.Array) -> jax.Array:
-    """The gradient of a weight from a product that is open over these axes.
+    """The gradient of a weight, in its dtype, from a product that is open over these axes.
 
     It is summed first over those that cut the weight, so that the others carry a part only; and not over those over
     which the weight's type says that its gradient stays open.
@@ -167,12 +177,31 @@ def _sum_to(part: jax.Array, over: frozenset[str], weight: jax.Array) -> jax.Arr
     spec = jax.typeof(weight).sharding.spec
     cutting = frozenset(axis for cut in spec.partitions for axis in layouts.axes_of(cut))
     part = jax.reshard(part, P(*spec.partitions, unreduced=over - cutting))
-    return jax.reshard(part, P(*spec.partitions, unreduced=spec.reduced))
+    return jax.reshard(part, P(*spec.partitions, unreduced=spec.reduced)).astype(weight.dtype)
 
 
 def _dims(subscripts: str) -> tuple[str, str, str]:
     x_dims, rest = subscripts.split(",")
     return x_dims, *rest.split("->")
+
+
+def _rounds(dims: str) -> bool:
+    """Whether the product with a weight, and the one that gives the gradient of its other factor, take eight bits.
+
+    The head's do not, and nowhere does the gradient of a weight: it sums over tokens, of which a few are far larger
+    than others, and rounding those of one device alike would take the largest of all devices (arXiv:2304.13013).
+    """
+    return bool(how().rounding) and "V" not in dims
+
+
+def _rounded(x: jax.Array, dims: str, out: str) -> quantized.Factor:
+    return quantized.rounded(x, how().rounding, dims, out)
+
+
+def _rounded_and_gathered(weight: jax.Array, dims: str, out: str) -> quantized.Factor:
+    """A weight for a product with the dims `out`, rounded where it is stored."""
+    weight = jax.reshard(weight, P(*jax.typeof(weight).sharding.spec.partitions))
+    return quantized.moved(_rounded(weight, dims, out), how().layout.in_use(dims))
 
 
 def _gather(weight: jax.Array, dims: str) -> jax.Array:
@@ -232,7 +261,7 @@ def gathered_once(weights: Sequence[jax.Array], dims: Sequence[str]) -> tuple[ja
         place = how().layout.in_use(dims)
         place = P(*place, reduced=_tokens()) if _opens() else place
         # In float32 as the type of what is added up; the compiler casts back before anything is written.
-        return jax.reshard(weight.astype(how().operands), place).astype(weight.dtype)
+        return jax.reshard(weight.astype(how().operands), place).astype(jnp.float32)
 
     return tuple(gathered(*each) for each in zip(weights, dims, strict=True))
 

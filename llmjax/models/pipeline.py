@@ -109,6 +109,8 @@ def forward(layers: Layers, blocks: Any, x_BTD: jax.Array, segments_BT: jax.Arra
 def _on_stage(layers, N, laps, own, blocks, x_NBTD, segments_NBT):
     stage, stages = jax.lax.axis_index(STAGE), jax.lax.axis_size(STAGE)
     x_NBTD, segments_NBT = jax.lax.pcast((x_NBTD, segments_NBT), STAGE, to="varying")
+    # Their gradients add up over the ticks, and so in float32.
+    blocks = jax.tree.map(lambda x: x.astype(jnp.float32), blocks)
     blocks_RL = jax.tree.map(lambda x: _groups(x, laps), jax.lax.pcast(blocks, own[1:], to="varying"))
     run = functools.partial(_lap if laps > 1 else _only_lap, layers)
 

@@ -38,7 +38,7 @@ def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransforma
         updates, after = inner.update(grads, before, params)
         count = optax.safe_increment(state.count)
         leaves, tree = jax.tree.flatten(after)
-        seeds = [_mix(count * len(leaves) + i) for i in range(len(leaves))]
+        seeds = [mixed(count * len(leaves) + i) for i in range(len(leaves))]
         leaves = [round_at_random(x, seed) if _average(x) else x for x, seed in zip(leaves, seeds, strict=True)]
         return updates, Rounded(count, jax.tree.unflatten(tree, leaves))
 
@@ -52,7 +52,7 @@ def round_at_random(x: jax.Array, seed: jax.Array) -> jax.Array:
     for dim in reversed(range(x.ndim)):
         along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim, out_sharding=place if place.mesh.shape else None)
         index, stride = index + along * jnp.uint32(stride % 2**32), stride * x.shape[dim]
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_mix(index ^ seed) >> 16)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (mixed(index ^ seed) >> 16)
     rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
@@ -61,7 +61,7 @@ def _average(x: jax.Array) -> bool:
     return x.ndim > 0 and x.dtype == jnp.float32
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mixed(x: jax.Array) -> jax.Array:
     """A hash of 32 bits: every bit of the result depends on every bit of x (the finaliser of MurmurHash3)."""
     x = x.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)

@@ -9,8 +9,8 @@ from llmjax.mesh import Axes
 from llmjax.run import Run, to_json
 
 # What decides the time of a step: a plan that differs in any of these is of another run.
-DECIDES = ("model", "optimizer", "axes", "layout", "pipeline", "batch", "sequence", "accumulate", "dtype", "attention",
-           "remat", "offload_optimizer", "unroll", "loss_chunk", "local")  # fmt: skip
+DECIDES = ("model", "optimizer", "axes", "layout", "pipeline", "batch", "sequence", "accumulate", "dtype",
+           "parameters", "attention", "remat", "offload_optimizer", "unroll", "loss_chunk", "local")  # fmt: skip
 
 
 def file(run: Run) -> Path:

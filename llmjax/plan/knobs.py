@@ -181,6 +181,10 @@ def _optimizers(run: Run, sizes: Axes, accumulate: int) -> Iterator[Change]:
         changed = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, moments="bfloat16"))
         costs = "another run: its moments are rounded to 8 bits of mantissa"
         yield Change("optimizer dtype", "--optimizer.moments bfloat16", costs, changed, sizes, accumulate)
+    if run.parameters != "bfloat16":
+        changed = dataclasses.replace(run, parameters="bfloat16")
+        costs = "another run: matrices are rounded at random to 8 bits of mantissa at every step"
+        yield Change("parameter dtype", "--parameters bfloat16", costs, changed, sizes, accumulate)
     schedule = getattr(run.optimizer, "schedule", None)
     kept = dict(schedule=schedule) if schedule else {}
     others = (

@@ -35,7 +35,7 @@ class Memory:
     parameters: int
     optimizer: int
     gradients: int
-    "In float32: of all layers, and of a microbatch besides where there are several."
+    "Of a microbatch, as the parameters, and of all in float32 where there are several."
     activations: int
     "What the forward pass leaves for the backward pass."
     temporaries: int
@@ -90,7 +90,9 @@ HOST = Habits(
 
 def state(run: Run, sizes: Axes) -> tuple[int, int]:
     """(parameters, optimizer) of one device, exactly."""
-    parameters, optimizer = _leaves(run.model, run.optimizer, run.clip, run.steps, run.layout, run.local)
+    parameters, optimizer = _leaves(
+        run.model, run.optimizer, run.clip, run.steps, run.layout, run.local, run.parameters
+    )
     return sum(_bytes(leaf, sizes) for leaf in parameters), sum(_bytes(leaf, sizes) for leaf in optimizer)
 
 
@@ -101,9 +103,12 @@ def _bytes(leaf: Leaf, sizes: Axes) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _leaves(model, optimizer, clip, length, layout, local) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...]]:
-    run = Run(model, None, optimizer, None, None, layout=layout, clip=clip, steps=length, local=local)
-    init = functools.partial(diloco.init if local.every else steps.init, model.init, program.transformation(run))
+def _leaves(model, optimizer, clip, length, layout, local, parameters) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...]]:
+    run = Run(
+        model, None, optimizer, None, None, layout=layout, clip=clip, steps=length, local=local, parameters=parameters
+    )
+    init = diloco.init if local.every else steps.init
+    init = functools.partial(init, program.weights(run), program.transformation(run))
     # A layer's dim names the stages only where there are several.
     stages = next((n for n in range(2, model.layers + 1) if model.layers % n == 0), 1) if layout.params.get("L") else 1
     ones = Axes(**{axis: stages if axis == "stage" else 1 for axis in AXES})
@@ -214,7 +219,7 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
     chip = chip or run.mesh.chip
     platform = chip.platform if chip else ""
     habits = TPU if platform == "tpu" else HOST
-    bfloat16 = run.dtype == "bfloat16" or (run.dtype == "auto" and platform != "cpu")
+    bfloat16 = program.in_bfloat16(run, platform)
     parameters, optimizer = state(run, sizes)
     attention = program.kernel(run, sizes, chip)[0] if chip else run.attention
     one = part(run, sizes, accumulate, bfloat16 and platform != "cpu", attention)
@@ -229,8 +234,9 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
         waits = 0 if several and not habits.ends_wait else _ends(run, sizes, one, habits)
         if habits.logits_wait and one.pieces == 1 and "embedding" not in run.model.matrices():
             waits += one.tokens * one.letters["V"] * one.number
-        in_layer = parameters * (2 if several else 1), _layer(run, sizes, one, habits) + ahead + waits
-        at_loss = parameters * (1 if several else 0), _loss(run, sizes, one, one.tokens, habits) + ahead
+        summed = several * parameters * (2 if run.parameters == "bfloat16" else 1)  # over microbatches, in float32
+        in_layer = parameters + summed, _layer(run, sizes, one, habits) + ahead + waits
+        at_loss = summed, _loss(run, sizes, one, one.tokens, habits) + ahead
         gradients, passing = max(in_layer, at_loss, key=sum)
     if platform == "cpu" and jax.__version_info__ < (0, 11):
         passing += (min(one.layers, run.unroll or program.UNROLLED) - 1) * _merged(run, sizes, one)
@@ -320,5 +326,7 @@ def _whole(run: Run, sizes: Axes, matrix: Matrix) -> float:
 
 
 def _ahead(run: Run, sizes: Axes, habits: Habits, bfloat16: bool) -> float:
+    if run.parameters == "bfloat16":
+        return 0
     at_rest = sum(cut(run.layout, m, dict(run.model.sizes()), sizes, "at_rest") for m in _matrices(run))
     return 2 * bfloat16 * habits.casts * at_rest * run.model.layers

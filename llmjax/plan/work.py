@@ -10,6 +10,7 @@ from typing import Any
 from llmjax.layout import Layout, axes_of, ways
 from llmjax.mesh import AXES, Axes
 from llmjax.models.kernels import OWN
+from llmjax.models.quantized import TYPES
 from llmjax.models.shapes import LAYER, Matrix
 from llmjax.run import Run
 from llmjax.train.program import kernel
@@ -32,7 +33,9 @@ class Again:
         return getattr(self, module, 0.0)
 
 
-UPDATE = 28  # bytes of a parameter that an update passes: weight and two moments read and written, the gradient read
+# Bytes of a parameter that an update passes: weight and two moments read and written, the gradient read. Weight and
+# gradient may be in bfloat16.
+UPDATE = 28
 REMAT = {
     "none": Again(),
     "dots": Again(),
@@ -110,6 +113,17 @@ def is_fused(run: Run, sizes: Axes) -> bool:
     return kernel(run, sizes, run.mesh.chip)[0] in OWN.values()
 
 
+def rounds(run: Run, module: str, matrix: Matrix) -> bool:
+    """Whether products with these weights take eight bits, but the one that gives the weights' gradient."""
+    return run.dtype in TYPES and module in LAYER and "E" not in matrix.dims
+
+
+def rate(run: Run) -> float:
+    """How often faster than in bfloat16 the run's chip multiplies such; 1 where that is not known."""
+    chip = run.mesh.chip
+    return (getattr(chip, run.dtype, None) or chip.flops) / chip.flops if chip.flops else 1
+
+
 def cut(layout: Layout, matrix: Matrix, letters: dict[str, int], sizes: Axes, where: str) -> float:
     """Numbers of a weight that one device holds `at_rest` or `in_use`."""
     spec = getattr(layout, where)(matrix.dims)
@@ -135,8 +149,9 @@ def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
     products = {}
     for module, matrices in model.matrices().items():
         met = [m.share * m.size(letters) / _cut_products(layout, m, sizes) for m in matrices]
-        twice = sum(met) - (met[-1] if module == "mlp" and not again.last else 0)
-        flops = 2 * tokens * (3 * sum(met) + again.of(module) * twice) / method.faster
+        quick = [each / (rate(run) if rounds(run, module, m) else 1) for each, m in zip(met, matrices, strict=True)]
+        twice = sum(quick) - (quick[-1] if module == "mlp" and not again.last else 0)
+        flops = 2 * tokens * (sum(met) + 2 * sum(quick) + again.of(module) * twice) / method.faster
         products[module] = flops * (layers if module in LAYER else 1)
     heads = letters["H"] / ways(inner.get("H"), sizes)
     square = tokens * run.sequence * heads * layers * (0.5 if fused else _seen(ways(inner.get("S"), sizes)))
@@ -148,7 +163,7 @@ def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
         passes = 4 * (1 + again.scores) + 7
         traffic["scores"] = square * passes * method.score_bytes
     own = _numbers(run, sizes, "at_rest")
-    traffic["optimizer"] = own * UPDATE
+    traffic["optimizer"] = own * (UPDATE - 6 if run.parameters == "bfloat16" else UPDATE)
     used = _numbers(run, sizes, "in_use")
     return Work(
         tokens=run.batch * run.sequence,
@@ -192,6 +207,9 @@ def _traffic(run: Run, sizes: Axes, tokens: float, layers: float, again: Again, 
     V = letters["V"] / ways(inner.get("V"), sizes)
     forward = dict(attention=2 * tokens * (6 * D + 4 * HGK), mlp=2 * tokens * (6 * D + 3 * F))
     traffic = {module: layers * each * (3 + again.of(module)) for module, each in forward.items()}
+    if run.dtype in TYPES:  # what goes in and the gradients of what comes out: each read twice and written
+        traffic["attention"] += 5 * tokens * layers * (2 * D + 2 * HGK)
+        traffic["mlp"] += 5 * tokens * layers * (2 * D + F) * ("E" not in letters)
     return traffic | {"head": tokens * V * method.loss_bytes}
 
 
@@ -213,7 +231,8 @@ def _messages(run: Run, sizes: Axes, accumulate: int, parts: int, tokens: float,
             gathered, whole = over(rest - used, sizes), cut(layout, m, letters, sizes, "in_use")
             if gathered:
                 gathers = 2 if module in LAYER else 1  # forward and back; the head's two uses are next to each other
-                yield Message("all-gather", gathered, module, 2 * whole, turns * gathers * often, True)
+                number = 1 if rounds(run, module, m) else 2
+                yield Message("all-gather", gathered, module, number * whole, turns * gathers * often, True)
                 size = method.gradient_bytes * whole
                 yield Message("reduce-scatter", gathered, module, size, turns * often, True)
             summed = tuple(a for a in token_axes if a not in rest)

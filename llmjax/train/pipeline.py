@@ -57,6 +57,7 @@ def value_and_grad(loss: Callable) -> Callable:
 def _on_stage(loss, N, own, ends, blocks, batch_N):
     stage, stages = jax.lax.axis_index(STAGE), jax.lax.axis_size(STAGE)
     first, last, kept = stage == 0, stage == stages - 1, 2 * stages - 1
+    ends, blocks = jax.tree.map(lambda x: x.astype(jnp.float32), (ends, blocks))  # as their gradients add up
     ends, blocks = jax.lax.pcast(ends, own, to="varying"), jax.lax.pcast(blocks, own[1:], to="varying")
     batch_N = jax.lax.pcast(batch_N, STAGE, to="varying")
     nothing = 0 * sum(map(jax.lax.axis_index, own))  # makes what it is added to vary over all of them

@@ -19,7 +19,8 @@ from llmjax.checks import check, check_chip
 from llmjax.errors import Refused
 from llmjax.layout import ways
 from llmjax.mesh import Axes, Chip
-from llmjax.models import kernels, nn
+from llmjax.models import kernels, nn, quantized
+from llmjax.optim import parameters
 from llmjax.run import Run
 from llmjax.train import diloco, flags
 from llmjax.train import step as steps
@@ -104,13 +105,14 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     check(run, axes, accumulate)
     check_chip(run, chip)
     on_cpu = chip.platform == "cpu"
-    bfloat16 = in_bfloat16(run, chip)
+    bfloat16 = in_bfloat16(run, chip.platform)
     attention, lacking = kernel(run, axes, chip)
     if run.attention == attention and lacking:
         raise Refused(f"attention is {attention}, but {lacking}: use auto, blocked or reference.")
     compute = nn.Compute(
         layout=run.layout,
         operands="bfloat16" if bfloat16 else "float32",
+        rounding=quantized.TYPES.get(run.dtype, ""),
         activations="bfloat16" if bfloat16 and not on_cpu else "float32",
         remat=run.remat.policy,
         offload=run.remat.offload,
@@ -122,12 +124,12 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         apart=chip.platform == "tpu",
     )
     tx = transformation(run)
-    init = functools.partial(steps.init, build(run), tx)
+    init = functools.partial(steps.init, weights(run), tx)
     step = functools.partial(
         steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas, point=getattr(run.optimizer, "point", None)
     )
     if run.local.every:
-        init = functools.partial(diloco.init, build(run), tx)
+        init = functools.partial(diloco.init, weights(run), tx)
         step = functools.partial(diloco.train_step, loss=run.loss, tx=tx, how=run.local, last=run.steps)
     compiler_options = flags.known(flags.options(chip), mesh) if isinstance(mesh, Mesh) else {}
     flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None
@@ -147,15 +149,9 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     )
 
 
-def build(run: Run) -> Callable[[jax.Array], nnx.Module]:
-    """What makes the model that training begins with from a key."""
-    start = getattr(run.optimizer, "start", None)
-    return (lambda key: start(run.model.init(key))) if start else run.model.init
-
-
-def in_bfloat16(run: Run, chip: Chip) -> bool:
-    """Whether products take bfloat16 operands."""
-    return run.dtype == "bfloat16" or (run.dtype == "auto" and chip.platform != "cpu")
+def in_bfloat16(run: Run, platform: str) -> bool:
+    """Whether products take bfloat16 operands, or less."""
+    return run.dtype != "float32" and (run.dtype != "auto" or platform != "cpu")
 
 
 def kernel(run: Run, axes: Axes, chip: Chip) -> tuple[str, str]:
@@ -169,7 +165,8 @@ def kernel(run: Run, axes: Axes, chip: Chip) -> tuple[str, str]:
     if ways(run.layout.inner.get("S"), axes) > 1:
         return "ring", ""
     ways_T = ways(run.layout.inner.get("T"), axes)
-    shapes = dict(positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=in_bfloat16(run, chip))
+    bfloat16 = in_bfloat16(run, chip.platform)
+    shapes = dict(positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=bfloat16)
     if run.attention != "auto":
         return run.attention, kernels.lacks(run.attention, chip.platform, **shapes)
     own = kernels.OWN.get(chip.platform)
@@ -195,10 +192,18 @@ def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
     )
 
 
+def weights(run: Run) -> Callable[[jax.Array], nnx.Module]:
+    """What makes the model that training begins with from a key, as it is stored."""
+    start = getattr(run.optimizer, "start", lambda model: model)
+    stored = parameters.stored if run.parameters == "bfloat16" else lambda model: model
+    return lambda key: stored(start(run.model.init(key)))
+
+
 def transformation(run: Run) -> optax.GradientTransformation:
     """The run's optimizer behind gradient clipping."""
     tx = run.optimizer.build(run.steps)
     tx = optax.chain(optax.clip_by_global_norm(run.clip), tx) if run.clip else tx
+    tx = parameters.in_float32(tx) if run.parameters == "bfloat16" else tx
     return on_host(tx) if run.offload_optimizer else tx
 
 

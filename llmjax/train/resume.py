@@ -15,7 +15,7 @@ from llmjax.train.records import read
 from llmjax.train.step import State, watch
 
 # Fields that came later than checkpoints that hold a run's fingerprint alone, with what was done before.
-LATER = dict(size=0, moments="float32")
+LATER = dict(size=0, moments="float32", parameters="float32")
 
 
 def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from llmjax.models import nn
+from llmjax.optim.parameters import moved
 from llmjax.train import pipeline
 from llmjax.train.loss import Batch, Sums
 
@@ -54,6 +55,7 @@ def watch() -> Watch:
 def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True) -> tuple[jax.Array, Sums, nnx.Module]:
     """(loss, sums, gradients) of a batch whose arrays lead with [A, B]: a sum over A microbatches, one at a time.
 
+    Gradients of bfloat16 parameters are rounded to bfloat16 once per microbatch, and added up in float32.
     With `mean`, loss and gradients are divided by the weight of the whole batch, so neither masks nor the number of
     microbatches or devices changes them. Without, they are the plain sum over examples, as textbooks write
     w <- w - eta * sum_i(g_i).
@@ -74,8 +76,12 @@ def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True)
 
 
 def _zeros(call: Callable, model: nnx.Module, batch: Batch):
-    """Zeros where `call` of one microbatch puts its results."""
-    return jax.tree.map(nn.zeros, jax.eval_shape(call, model, jax.tree.map(lambda x: x[0], batch)))
+    """Zeros where `call` of one microbatch puts its results, in float32 for those in bfloat16."""
+
+    def of(x):
+        return nn.zeros(x.update(dtype=jnp.float32) if x.dtype == jnp.bfloat16 else x)
+
+    return jax.tree.map(of, jax.eval_shape(call, model, jax.tree.map(lambda x: x[0], batch)))
 
 
 def train_step(
@@ -102,7 +108,7 @@ def train_step(
 
     def taken(model, opt):
         updates, opt = tx.update(grads, opt, model)
-        model = optax.apply_updates(model, updates)
+        model = moved(model, updates, state.step)
         rebalance = getattr(loss, "rebalance", None)
         return (rebalance(model, sums) if rebalance else model), opt
 

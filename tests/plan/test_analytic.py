@@ -117,3 +117,25 @@ def test_experts_add_what_travels_and_only_the_experts_that_a_token_goes_to():
 def test_an_expert_axis_means_nothing_to_a_dense_model():
     done, _ = planned("ep", axes(expert=64))
     assert not [m for m in done.messages if m.kind == "all-to-all"]
+
+
+def test_int8_halves_two_of_three_products_of_layers_and_the_bytes_of_their_weights_on_the_network():
+    (plain, _), (quick, _) = (
+        planned("fsdp", axes(fsdp=64), remat=Remat("none"), dtype=d) for d in ("bfloat16", "int8")
+    )
+    for module in ("attention", "mlp"):
+        assert quick.products[module] == pytest.approx(2 / 3 * plain.products[module])
+    assert quick.products["head"] == plain.products["head"]
+
+    def sent(work, kind, module):
+        return sum(m.bytes * m.count for m in work.messages if (m.kind, m.module) == (kind, module))
+
+    assert sent(quick, "all-gather", "mlp") == sent(plain, "all-gather", "mlp") / 2
+    for kind, module in (("reduce-scatter", "mlp"), ("all-gather", "head")):
+        assert sent(quick, kind, module) == sent(plain, kind, module) > 0
+
+
+def test_a_chip_whose_rate_in_eight_bits_is_not_known_is_planned_as_in_bfloat16():
+    unknown = dataclasses.replace(RUN.mesh, chip=dataclasses.replace(RUN.mesh.chip, int8=None))
+    plain, eight = (planned("fsdp", axes(fsdp=64), mesh=unknown, dtype=d)[0] for d in ("bfloat16", "int8"))
+    assert eight.products == plain.products

@@ -109,6 +109,10 @@ ON_HOST = dict(
     pieces_tied=host(
         dataclasses.replace(WORDY, tied=True), "dp", axes(data=8), batch=16, sequence=256, remat=FULL, loss_chunk=64
     ),
+    parameters=host(SMALL, "fsdp", axes(fsdp=8), batch=16, sequence=512, parameters="bfloat16"),
+    parameters_accumulated=host(
+        SMALL, "fsdp_tp", axes(fsdp=4, tensor=2), batch=32, sequence=256, accumulate=2, parameters="bfloat16"
+    ),
     unrolled=host(SMALL, "fsdp_tp_sp", axes(fsdp=2, tensor=4), chips.CPU, batch=16, sequence=512, remat=FULL),
 )
 
@@ -174,6 +178,16 @@ ON_TPU = dict(
     ),
     llama3_8b_tp=pair(
         LLAMA_8B, V5P, "fsdp_tp", axes(data=2, fsdp=16, tensor=2), "v5p:4x4x4", batch=64, sequence=2048
+    ),
+    int8=pair(
+        LLAMA_1B, V5E, "fsdp_tp", axes(fsdp=4, tensor=4), "v5e:4x4", batch=16, sequence=2048, remat=DOTS, dtype="int8"
+    ),
+    parameters=pair(
+        LLAMA_1B, V5E, "fsdp", axes(fsdp=16), "v5e:4x4", batch=32, sequence=2048, remat=FULL, parameters="bfloat16"
+    ),
+    parameters_accumulated=pair(
+        LLAMA_1B, V5E, "fsdp", axes(fsdp=16), "v5e:4x4",
+        batch=64, sequence=1024, accumulate=2, parameters="bfloat16",
     ),
     llama3_70b_v6e_256=Pair(llama3_70b_v6e_256.run, axes(fsdp=64, tensor=4), "v6e:16x16"),
     llama3_70b_v5p_128_x2=Pair(llama3_70b_v5p_128_x2.run, axes(data=2, fsdp=32, tensor=4), "v5p:4x4x8"),
