@@ -1,4 +1,4 @@
-"""Llama 3 8B on 64 TPU v5p: fully sharded over the slice.
+"""Llama 3 8B on 64 TPU v5p: fully sharded over each half of the slice.
 
 Put your text in data/corpus and its tokenizer at data/tokenizer.json, or name others with --data.path and
 --data.tokenizer.path. Not run yet on this hardware.
@@ -25,13 +25,13 @@ run = Run(
     optimizer=AdamW(lr=3e-4, schedule=Cosine(warmup=2000)),
     loss=NextToken(),
     mesh=v5p_64.cluster,
-    axes=Axes(fsdp=64),
+    axes=Axes(data=2, fsdp=32),  # XLA gathers over a part of the chips, but sums zeros over all of them
     layout=layout.fsdp,
     steps=100_000,
     batch=256,
     sequence=8192,
-    accumulate=4,  # one sequence per device at a time: attention scores take T² memory
-    remat=Remat("full"),
+    accumulate=2,
+    remat=Remat("dots"),
     eval_every=1000,
     save_every=1000,
 )

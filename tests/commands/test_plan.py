@@ -52,6 +52,8 @@ def test_a_chip_that_is_two_devices_is_paid_for_once(plan):
         "llama3_8b_v5p_64",
         "--mesh",
         "tpu7x_64",
+        "--axes.data",
+        "1",
         "--axes.fsdp",
         "128",
         "--accumulate",
