@@ -8,7 +8,7 @@ from flax import nnx
 
 from llmjax.errors import Refused
 from llmjax.models import nn, shapes
-from llmjax.models.attention import RopeScaling, attention, rope_angles, rotate
+from llmjax.models.attention import Scaling, attention, rope_angles, rotate
 from llmjax.models.shapes import Matrix
 
 Sums = dict[str, jax.Array] | None
@@ -40,8 +40,8 @@ class Llama:
     "Longest sequence."
     theta: float = 500_000.0
     "Base of the rotary wavelengths."
-    scaling: RopeScaling | None = None
-    "Llama 3.1's scaling of the rotary frequencies."
+    scaling: Scaling | None = None
+    "How the rotary frequencies are scaled: Llama 3.1's way, evenly, or YaRN's."
     tied: bool = False
     "Use the embedding as the output head."
     epsilon: float = 1e-5
@@ -103,12 +103,25 @@ class LlamaBlock(nnx.Module):
 
     @jax.named_scope("attention")
     def attention(self, x_BTD, segments_BT):
-        c = self.c
-        angles_TK = rope_angles(nn.positions(x_BTD.shape[1]), c.head_dim, c.theta, c.scaling)
-        subscripts = "BTD,DHK->BTHK", "BTD,DGK->BTGK", "BTD,DGK->BTGK"
-        q_BTHK, k_BTGK, v_BTGK = nn.project_all(subscripts, x_BTD, self.query_DHK, self.key_DGK, self.value_DGK)
-        o_BTHK = attention(rotate(q_BTHK, angles_TK), rotate(k_BTGK, angles_TK), v_BTGK, segments_BT)
+        q_BTHK, k_BTGK, v_BTGK = self.queries_keys_values(x_BTD)
+        o_BTHK = self.attend(*self.turned(q_BTHK, k_BTGK), v_BTGK, segments_BT)
         return nn.project("BTHK,HKD->BTD", o_BTHK, self.out_HKD)
+
+    def queries_keys_values(self, x_BTD: jax.Array) -> list[jax.Array]:
+        """(q_BTHK, k_BTGK, v_BTGK) before positions."""
+        subscripts = "BTD,DHK->BTHK", "BTD,DGK->BTGK", "BTD,DGK->BTGK"
+        return nn.project_all(subscripts, x_BTD, self.query_DHK, self.key_DGK, self.value_DGK)
+
+    def turned(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys at their positions."""
+        c = self.c
+        angles_TK = rope_angles(nn.positions(q_BTHK.shape[1]), c.head_dim, c.theta, c.scaling)
+        stretch = getattr(c.scaling, "stretch", 1.0)
+        return rotate(q_BTHK, angles_TK, stretch), rotate(k_BTGK, angles_TK, stretch)
+
+    def attend(self, q_BTHK, k_BTGK, v_BTGK, segments_BT) -> jax.Array:
+        """What every query finds, [B, T, H, K]."""
+        return attention(q_BTHK, k_BTGK, v_BTGK, segments_BT)
 
     @jax.named_scope("mlp")
     def mlp(self, x_BTD: jax.Array) -> tuple[jax.Array, Sums]:

@@ -79,7 +79,7 @@ class MixtralBlock(LlamaBlock):
         c, T = self.c, x_BTD.shape[1]
         logits_BTE = routers.logits(x_BTD, self.router_DE)
         if c.router == "softmax":
-            choice = routers.softmax(logits_BTE, c.top_k)
+            choice = routers.softmax(logits_BTE, c.top_k, getattr(c, "normalised", True))
         else:
             choice = routers.sigmoid(logits_BTE, self.router_bias_E, c.top_k)
         slots = routers.slots(c.capacity, T, c.top_k, c.experts) if c.capacity else T

@@ -34,11 +34,16 @@ def logits(x_BTD: jax.Array, router_DE: nnx.Param) -> jax.Array:
     )
 
 
-def softmax(logits_BTE: jax.Array, top_k: int) -> Choice:
-    """The `top_k` largest logits, weighed by a softmax over them alone (Mixtral, arXiv:2401.04088)."""
-    chosen_BTJ = highest(logits_BTE, top_k)
+def softmax(logits_BTE: jax.Array, top_k: int, normalised: bool = True) -> Choice:
+    """The `top_k` largest logits, weighed by a softmax over them alone (Mixtral, arXiv:2401.04088).
+
+    Not normalised, their weights are those of a softmax over all experts (Switch, arXiv:2101.03961).
+    """
+    chosen_BTJ, score_BTE = highest(logits_BTE, top_k), jax.nn.softmax(logits_BTE)
+    if not normalised:
+        return Choice(score_BTE, jnp.take_along_axis(score_BTE, chosen_BTJ, -1), chosen_BTJ)
     highest_BTJ = jnp.take_along_axis(logits_BTE, chosen_BTJ, -1)
-    return Choice(jax.nn.softmax(logits_BTE), jax.nn.softmax(highest_BTJ), chosen_BTJ)
+    return Choice(score_BTE, jax.nn.softmax(highest_BTJ), chosen_BTJ)
 
 
 def sigmoid(logits_BTE: jax.Array, bias_E: nnx.Param, top_k: int) -> Choice:

@@ -157,7 +157,10 @@ def kernel(run: Run, axes: Axes, chip: Chip) -> str:
     if ways(run.layout.inner.get("S"), axes) > 1:
         return "ring"
     ways_T = ways(run.layout.inner.get("T"), axes)
-    shapes = dict(positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=in_bfloat16(run, chip))
+    shapes = dict(
+        positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=in_bfloat16(run, chip),
+        cap=getattr(run.model, "cap", 0.0), sinks=getattr(run.model, "sinks", False),
+    )  # fmt: skip
     if why := kernels.lacks(run.attention, chip.platform, **shapes):
         raise Refused(f"attention is {run.attention}, but {why}: use blocked or reference.")
     return run.attention
