@@ -19,7 +19,7 @@ ORDER = (
     ("models", "optim", "data", "checkpoint"),
     ("train",),
     ("plan",),
-    ("bench", "evaluate", "report"),
+    ("bench", "evaluate", "interop", "report"),
     ("commands",),  # each puts the rooms above together
     ("cli",),
 )

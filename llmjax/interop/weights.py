@@ -71,22 +71,25 @@ class Weight:
         return whole.transpose([left.index(d) for d in self.letters if d not in self.named])
 
 
-def of_layers(weights: Iterable[Weight], layers: int, kinds: int = 1) -> list[Weight]:
-    """Weights of one layer, named without `blocks.`, as those of all: `kinds` of them take turns, after a first rest."""
-    ahead, found = layers % kinds, []
+def of_layers(weights: Iterable[Weight], layers: int, kinds: int = 0) -> list[Weight]:
+    """Weights of one layer, named without `blocks.`, as those of all layers.
+
+    With `kinds`, so many take turns (an nnx.List), and layers that fit no turn come first.
+    """
+    ahead, found = layers % (kinds or 1), []
     for weight in weights:
         for i in range(ahead):
             found.append(dataclasses.replace(weight, ours=f"first.{i}.{weight.ours}", layers=range(i, i + 1)))
-        for i in range(kinds):
-            name = f"blocks.{i}.{weight.ours}" if kinds > 1 else f"blocks.{weight.ours}"
-            found.append(dataclasses.replace(weight, ours=name, layers=range(ahead + i, layers, kinds)))
+        for i in range(kinds or 1):
+            name = f"blocks.{i}.{weight.ours}" if kinds else f"blocks.{weight.ours}"
+            found.append(dataclasses.replace(weight, ours=name, layers=range(ahead + i, layers, kinds or 1)))
     return found
 
 
 def account(weights: list[Weight], wanted: Mapping[str, Any], found: Mapping[str, Entry], spare: Iterable[str]) -> None:
     """Refuses a checkpoint in which a tensor is missing, unknown, of another shape, or no float.
 
-    `spare` are the names that may be there, as nothing is in them that is not elsewhere.
+    `spare` are ends of names that may be there, as nothing is in them that is not elsewhere.
 
     Raises:
       Refused: naming the tensors.
@@ -94,7 +97,9 @@ def account(weights: list[Weight], wanted: Mapping[str, Any], found: Mapping[str
     shapes = {theirs: w.shape(wanted[w.ours].shape) for w in weights for _, theirs in w.names(wanted[w.ours].shape)}
     said = {
         "lacks": [name for name in shapes if name not in found],
-        "has, and this family has not,": [name for name in found if name not in shapes and name not in set(spare)],
+        "has, and this family has not,": [
+            name for name in found if name not in shapes and not name.endswith(tuple(spare))
+        ],
         "has in another shape": [
             f"{name} {list(found[name].shape)} in place of {list(shape)}"
             for name, shape in shapes.items()

@@ -19,7 +19,7 @@ CAPS = Part(
     lambda model: dict(
         attn_logit_softcapping=model.cap or None,
         final_logit_softcapping=model.logit_cap or None,
-    ),  # fmt: skip
+    ),
 )
 SCALAR = Part(
     ("query_pre_attn_scalar",),
@@ -57,13 +57,13 @@ FAMILY = Family(
     fields=llama.FIELDS | dict(sliding_window="window"),
     defaults=dict(
         tie_word_embeddings=True, rms_norm_eps=1e-6, head_dim=256, sliding_window=4096, max_position_embeddings=8192
-    ),  # fmt: skip
+    ),
     fixed=dict(
         hidden_activation=("gelu_pytorch_tanh",),
         hidden_act=("gelu_pytorch_tanh",),
         attention_bias=(False,),
         use_bidirectional_attention=(False, None),
-    ),  # fmt: skip
+    ),
     parts=(KEYS, HEAD, rope(10_000.0), CAPS, SCALAR, turns(2)),
     weights=lambda c: llama.ends(c) + of_layers(llama.ATTENTION + llama.MLP + NORMS, c.layers, c.every),
 )

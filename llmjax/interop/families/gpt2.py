@@ -35,6 +35,11 @@ WIDTHS = Part(
     lambda given: dict(head_dim=given["n_embd"] // given["n_head"], ff=given.get("n_inner", 4 * given["n_embd"])),
     lambda model: dict(n_inner=model.ff),
 )
+CLASSIFIER = Part(
+    ("n_ctx", "summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    lambda given: {},
+    lambda model: {},
+)
 
 FAMILY = Family(
     model=GPT2,
@@ -47,7 +52,7 @@ FAMILY = Family(
         n_head="heads",
         n_positions="positions",
         layer_norm_epsilon="epsilon",
-    ),  # fmt: skip
+    ),
     defaults=dict(layer_norm_epsilon=1e-5),
     fixed=dict(
         activation_function=("gelu_new", "gelu_pytorch_tanh"),
@@ -56,15 +61,8 @@ FAMILY = Family(
         scale_attn_by_inverse_layer_idx=(False,),
         reorder_and_upcast_attn=(False, True),
         add_cross_attention=(False,),
-    ),  # fmt: skip
-    parts=(
-        WIDTHS,
-        Part(
-            ("n_ctx", "summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
-            lambda given: {},
-            lambda model: {},
-        ),
-    ),  # fmt: skip
+    ),
+    parts=(WIDTHS, CLASSIFIER),
     weights=lambda c: ENDS + of_layers(LAYER, c.layers),
     spare=(".attn.bias", ".attn.masked_bias", "lm_head.weight"),
     prefix="transformer.",
