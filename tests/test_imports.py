@@ -17,9 +17,10 @@ ORDER = (
     ("run", "processes"),
     ("checks",),
     ("models", "optim", "data", "checkpoint"),
+    ("interop",),
     ("train",),
     ("plan",),
-    ("bench", "evaluate", "interop", "report"),
+    ("bench", "evaluate", "report"),
     ("commands",),  # each puts the rooms above together
     ("cli",),
 )

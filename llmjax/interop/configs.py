@@ -92,30 +92,33 @@ def read(families: Iterable[Family], found: Json) -> tuple[Family, Any, list[str
         if theirs not in given:
             raise Refused(f"config.json lacks {theirs}, which says {name} of the model: give a whole one.", DATA)
         ours[name] = given[theirs]
+    _typed(family, ours)
     for part in family.parts:
         try:
             ours |= part.read(given)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
             why = f"lacks {error}" if isinstance(error, KeyError) else f"has {error}"
             raise Refused(
                 f"config.json {why}, which llmjax does not compute: give another checkpoint.", DATA
             ) from error
     notes = [f"{name} is {found[name]:g} there; llmjax trains without dropout." for name in DROPOUTS if found.get(name)]
-    return family, _made(family, ours), notes
+    return family, family.model(**_typed(family, ours)), notes
 
 
 def _refuse_unknown(family: Family, found: Json) -> None:
     known = {*family.fields, *family.fixed, *(name for part in family.parts for name in part.names), *DROPOUTS}
     unknown = [name for name, value in found.items() if name not in known | WITHOUT_NUMBERS and value is not None]
     if unknown:
+        shown = ", ".join(f"{name} {found[name]!r:.40}" for name in unknown[:8])
         raise Refused(
-            f"config.json has {', '.join(f'{name} {found[name]!r:.40}' for name in unknown[:8])}, which llmjax does not "
-            f"honour: take out what changes no numbers, or give another checkpoint.",
+            f"config.json has {shown}, which llmjax does not honour: take out what changes no numbers, or give another "
+            f"checkpoint.",
             DATA,
         )
 
 
-def _made(family: Family, ours: Json) -> Any:
+def _typed(family: Family, ours: Json) -> Json:
+    """Our fields with their types, as JSON has whole numbers for floats; refuses what is of another."""
     for field in dataclasses.fields(family.model):
         value, kind = ours.get(field.name), field.type
         if field.name not in ours or kind not in (int, float, bool):
@@ -127,7 +130,7 @@ def _made(family: Family, ours: Json) -> Any:
                 f"config.json has {theirs} {value!r:.40}, which is no {kind.__name__}: restore the file.", DATA
             )
         ours[field.name] = kind(value)
-    return family.model(**ours)
+    return ours
 
 
 def write(family: Family, model: Any, dtype: str) -> Json:

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from llmjax.errors import DATA, Refused
 from llmjax.interop.safetensors import Entry
 
 Index = tuple[slice, ...]
+THREADS = 4  # that write at once
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -135,8 +137,7 @@ def load(weight: Weight, like: Any, found: Mapping[str, Entry]) -> jax.Array:
 
 
 def store(weight: Weight, value: jax.Array, places: Mapping[str, Entry]) -> None:
-    """Writes one of our parameters into files that have room for it, piece by piece as it lies on this process's
-    devices.
+    """Writes one of our parameters into files that have room for it, as it lies on this process's devices.
 
     A piece that several devices hold is written once.
     """
@@ -146,7 +147,11 @@ def store(weight: Weight, value: jax.Array, places: Mapping[str, Entry]) -> None
             continue
         ranges = [range(*cut.indices(size)) for cut, size in zip(shard.index, value.shape, strict=True)]
         data, count = np.asarray(shard.data), len(weight.named)
-        for at in itertools.product(*(range(len(each)) for each in ranges[:count])):
+
+        def one(at, ranges=ranges, data=data, rest=shard.index[count:]):
             number = tuple(each[i] for each, i in zip(ranges, at, strict=False))
             mapped = places[names[number]].map("r+")
-            weight.view(mapped, value.shape)[shard.index[count:]] = data[at]
+            weight.view(mapped, value.shape)[rest] = data[at]
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(one, itertools.product(*(range(len(each)) for each in ranges[:count]))))

@@ -39,6 +39,7 @@ class Program:
     compute: nn.Compute
     accumulate: int
     init: Callable[[jax.Array], steps.State]
+    begin: Callable[[nnx.Module], steps.State]
     step: Callable[[steps.State, Any], tuple[steps.State, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
     pass_over: Callable[[steps.State], steps.State]
@@ -117,12 +118,12 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         block=kernels.BLOCK.get(chip.name, kernels.NARROWER),
     )
     tx = transformation(run)
-    init = functools.partial(steps.init, run.model.init, tx)
+    state_of = steps.init
     step = functools.partial(
         steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas, point=getattr(run.optimizer, "point", None)
     )
     if run.local.every:
-        init = functools.partial(diloco.init, run.model.init, tx)
+        state_of = diloco.init
         step = functools.partial(diloco.train_step, loss=run.loss, tx=tx, how=run.local, last=run.steps)
     flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None
     return Program(
@@ -130,7 +131,8 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         mesh=mesh,
         compute=compute,
         accumulate=accumulate,
-        init=jax.jit(init, compiler_options=ONCE if on_cpu else None),
+        init=jax.jit(functools.partial(state_of, run.model.init, tx), compiler_options=ONCE if on_cpu else None),
+        begin=jax.jit(lambda weights: state_of(lambda _: weights, tx, jax.random.key(0)), donate_argnums=0),
         step=jax.jit(step, donate_argnums=0),
         evaluate=jax.jit(functools.partial(steps.eval_step, loss=getattr(run.loss, "held_out", run.loss))),
         pass_over=jax.jit(steps.passed_over, donate_argnums=0),

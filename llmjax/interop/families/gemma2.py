@@ -24,8 +24,13 @@ CAPS = Part(
 SCALAR = Part(
     ("query_pre_attn_scalar",),
     lambda given: dict(query_scalar=float(given.get("query_pre_attn_scalar", 256))),
-    lambda model: dict(query_pre_attn_scalar=model.query_scalar or model.head_dim),
+    lambda model: dict(query_pre_attn_scalar=_whole(model.query_scalar or model.head_dim)),
 )
+
+
+def _whole(number: float) -> float | int:
+    """transformers takes a whole number as an int only."""
+    return int(number) if number == int(number) else number
 
 
 def _kind(number: int, every: int) -> str:
