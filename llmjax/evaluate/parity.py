@@ -71,6 +71,8 @@ def small(run: Run) -> Run:
         new["heads"] = model.heads // factor
         if "kv_heads" in fields:
             new["kv_heads"] = keys // factor
+    if "every" in fields:  # kinds of layers still take turns
+        new["every"] = min(model.every, 2)
     if "top_k" in fields:
         new["top_k"] = min(model.top_k, new["experts"])
     optimizer = dataclasses.replace(run.optimizer, schedule=Constant())

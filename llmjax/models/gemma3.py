@@ -13,6 +13,7 @@ from llmjax.models.gemma2 import Gemma2, Gemma2Block, Gemma2Model
 class Gemma3(Gemma2):
     """Shape of a Gemma 3 text model; `theta` and `scaling` are those of global layers."""
 
+    layers: int = 6
     theta: float = 1_000_000.0
     window: int = 1024
     every: int = 6

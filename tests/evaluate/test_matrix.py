@@ -13,9 +13,16 @@ from llmjax.evaluate import parity
 from llmjax.evaluate.parity import Tolerance, Trace
 from llmjax.layout import Pipeline
 from llmjax.mesh import AXES, Axes
+from llmjax.models.gemma2 import Gemma2
+from llmjax.models.gemma3 import Gemma3
 from llmjax.models.gpt2 import GPT2
 from llmjax.models.llama import Llama
+from llmjax.models.mistral import Mistral
 from llmjax.models.mixtral import Mixtral
+from llmjax.models.olmo2 import Olmo2
+from llmjax.models.qwen2 import Qwen2
+from llmjax.models.qwen3 import Qwen3
+from llmjax.models.qwen3_moe import Qwen3Moe
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Constant
 from llmjax.run import Remat, Run
@@ -30,6 +37,13 @@ MODELS = {
     "dense": (Llama(kv_heads=2, **SMALL), NextToken()),
     "gpt2": (GPT2(**SMALL), NextToken(z=1e-3)),
     "experts": (Mixtral(**EXPERTS), RoutedNextToken()),
+    "mistral": (Mistral(kv_heads=2, window=5, **SMALL), NextToken()),
+    "qwen2": (Qwen2(kv_heads=2, **SMALL), NextToken()),
+    "qwen3": (Qwen3(kv_heads=2, **SMALL), NextToken()),
+    "qwen3_moe": (Qwen3Moe(normalised=False, **EXPERTS), RoutedNextToken()),
+    "olmo2": (Olmo2(kv_heads=2, **SMALL), NextToken()),
+    "gemma2": (Gemma2(kv_heads=2, window=5, **SMALL | dict(layers=4)), NextToken()),
+    "gemma3": (Gemma3(kv_heads=2, window=5, every=2, **SMALL | dict(layers=5)), NextToken()),
     "slots": (Mixtral(router="sigmoid", shared=1, capacity=1.25, **EXPERTS), RoutedNextToken(balance=1e-4)),
 }
 DENSE = tuple(axis for axis in AXES if axis != "expert")
@@ -113,6 +127,24 @@ def test_the_other_family_too(layout, capfd):
     shows_the_numbers_of_one_device(
         "gpt2", layout, capfd, fsdp=2, **({"stage": 2} if "pp" in layout else {"context": 2, "tensor": 2})
     )
+
+
+FAMILIES = ("mistral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "gemma2", "gemma3")
+UNLIKE = ("qwen2", "olmo2", "gemma3")  # what others have as well: biases, norms over cut heads, turns and what precedes
+
+
+@pytest.mark.parametrize(
+    "model", [name if name in UNLIKE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_every_family_cut_in_three_ways(model, capfd):
+    shows_the_numbers_of_one_device(model, "fsdp_tp_sp", capfd, fsdp=2, tensor=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize(("layout", "axis"), [("fsdp_pp", "stage"), ("fsdp_cp", "context")])
+def test_every_family_in_stages_and_with_the_sequence_cut(model, layout, axis, capfd):
+    shows_the_numbers_of_one_device(model, layout, capfd, fsdp=2, **{axis: 2})
 
 
 @pytest.mark.parametrize(("model", "axes"), [("slots", ("stage", "fsdp", "expert")), ("experts", ("stage", "tensor"))])
