@@ -5,12 +5,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from llmjax.errors import Refused
-from llmjax.models import nn
+from llmjax.models import nn, turns
 from llmjax.models.attention import attention
-from llmjax.models.llama import Llama, LlamaBlock, LlamaModel, Sums
+from llmjax.models.llama import Llama, LlamaBlock, Sums
+from llmjax.models.turns import TurnsModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,23 +36,16 @@ class Gemma2(Llama):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.every < 1:
-            raise Refused(f"model.every is {self.every}: give at least 1, which makes all layers global.")
-        if self.layers < self.every:
-            raise Refused(
-                f"model.layers is {self.layers}, fewer than model.every {self.every}, so that no layer is global: "
-                f"give at least as many."
-            )
+        turns.check(self)
 
     @property
     def turns(self) -> int:
-        """Turns of the loop over layers, which stages share; layers that fit none come first."""
+        """Turns of the loop over layers, which stages share."""
         return self.layers // self.every
 
     def windows(self) -> tuple[int, ...]:
-        """How far each layer of a turn looks back; 0: all the way. The first `layers` mod `every` come before."""
-        ahead = self.layers % self.every
-        return tuple(0 if (ahead + i + 1) % self.every == 0 else self.window for i in range(self.every))
+        """How far each layer of a turn looks back; 0: all the way."""
+        return turns.windows(self)
 
     def init(self, key: jax.Array) -> "Gemma2Model":
         return Gemma2Model(self, key, Gemma2Block)
@@ -86,20 +78,12 @@ class Gemma2Block(LlamaBlock):
         return nn.project("BTF,FD->BTD", jax.nn.gelu(gate_BTF) * up_BTF, self.down_FD), None
 
 
-class Gemma2Model(LlamaModel):
-    """`tokens_BT -> logits_BTV`; see `nn.Decoder`. Its blocks are `block(c, window, key)`, in turns of `c.every`."""
+class Gemma2Model(TurnsModel):
+    """`tokens_BT -> logits_BTV`; see `nn.Decoder`."""
 
     def __init__(self, c: Gemma2, key: jax.Array, block: type[Gemma2Block]):
-        keys, sizes = jax.random.split(key, 4), c.sizes()
-        self.c = c
-        self.embed_VD = nn.normal(keys[0], "VD", sizes, c.width**-0.5)
-        if ahead := c.layers % c.every:
-            build = functools.partial(_turn, block, c, (c.window,) * ahead)
-            self.first = nn.stack(build, keys[1], 1, everywhere=True)
-        self.blocks = nn.stack(functools.partial(_turn, block, c, c.windows()), keys[2], c.turns)
-        self.final_scale_D = nn.full(0, "D", sizes)
-        if not c.tied:
-            self.head_DV = nn.normal(keys[3], "DV", sizes, c.width**-0.5)
+        super().__init__(c, key, block)
+        self.final_scale_D = nn.full(0, "D", c.sizes())
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = super().embed(tokens_BT)
@@ -113,8 +97,3 @@ class Gemma2Model(LlamaModel):
             logits_BTV = nn.project("BTD,DV->BTV", x_BTD, self.head_DV)
         cap = self.c.logit_cap
         return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
-
-
-def _turn(block, c, windows, key):
-    keys = jax.random.split(key, len(windows))
-    return nnx.List([block(c, window, key) for window, key in zip(windows, keys, strict=True)])

@@ -141,10 +141,14 @@ class LlamaModel(nnx.Module):
         keys, sizes = jax.random.split(key, 3), c.sizes()
         self.c = c
         self.embed_VD = nn.normal(keys[0], "VD", sizes, c.width**-0.5 if c.tied else 1.0)
-        self.blocks = nn.stack(functools.partial(block, c), keys[1], c.layers)
+        self.add_layers(c, keys[1], block)
         self.final_scale_D = nn.full(1, "D", sizes)
         if not c.tied:
             self.head_DV = nn.normal(keys[2], "DV", sizes, c.width**-0.5)
+
+    def add_layers(self, c: Llama, key: jax.Array, block: type[LlamaBlock]) -> None:
+        """Sets `blocks`."""
+        self.blocks = nn.stack(functools.partial(block, c), key, c.layers)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         return nn.embed(tokens_BT, self.embed_VD)

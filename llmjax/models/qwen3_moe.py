@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from llmjax.models import routers
 from llmjax.models.mixtral import Mixtral, MixtralBlock, MixtralModel
 from llmjax.models.qwen3 import Qwen3Block
 
@@ -21,3 +22,6 @@ class Qwen3Moe(Mixtral):
 
 class Qwen3MoeBlock(Qwen3Block, MixtralBlock):
     """Qwen 3's attention, Mixtral's experts."""
+
+    def choice(self, logits_BTE: jax.Array) -> routers.Choice:
+        return routers.softmax(logits_BTE, self.c.top_k, self.c.normalised)

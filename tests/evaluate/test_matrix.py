@@ -16,6 +16,7 @@ from llmjax.mesh import AXES, Axes
 from llmjax.models.gemma2 import Gemma2
 from llmjax.models.gemma3 import Gemma3
 from llmjax.models.gpt2 import GPT2
+from llmjax.models.gpt_oss import GptOss
 from llmjax.models.llama import Llama
 from llmjax.models.mistral import Mistral
 from llmjax.models.mixtral import Mixtral
@@ -44,6 +45,7 @@ MODELS = {
     "olmo2": (Olmo2(kv_heads=2, **SMALL), NextToken()),
     "gemma2": (Gemma2(kv_heads=2, window=5, **SMALL | dict(layers=4)), NextToken()),
     "gemma3": (Gemma3(kv_heads=2, window=5, every=2, **SMALL | dict(layers=5)), NextToken()),
+    "gpt_oss": (GptOss(window=5, **EXPERTS | dict(layers=4)), RoutedNextToken()),
     "slots": (Mixtral(router="sigmoid", shared=1, capacity=1.25, **EXPERTS), RoutedNextToken(balance=1e-4)),
 }
 DENSE = tuple(axis for axis in AXES if axis != "expert")
@@ -129,8 +131,12 @@ def test_the_other_family_too(layout, capfd):
     )
 
 
-FAMILIES = ("mistral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "gemma2", "gemma3")
-UNLIKE = ("qwen2", "olmo2", "gemma3")  # what others have as well: biases, norms over cut heads, turns and what precedes
+FAMILIES = ("mistral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "gemma2", "gemma3", "gpt_oss")
+UNLIKE = (
+    "olmo2",
+    "gemma3",
+    "gpt_oss",
+)  # what others have as well: biases, norms over cut heads, turns and what precedes
 
 
 @pytest.mark.parametrize(
@@ -142,9 +148,10 @@ def test_every_family_cut_in_three_ways(model, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILIES)
-@pytest.mark.parametrize(("layout", "axis"), [("fsdp_pp", "stage"), ("fsdp_cp", "context")])
+@pytest.mark.parametrize(("layout", "axis"), [("fsdp_pp", "stage"), ("fsdp_cp", "context"), ("fsdp_ep", "expert")])
 def test_every_family_in_stages_and_with_the_sequence_cut(model, layout, axis, capfd):
-    shows_the_numbers_of_one_device(model, layout, capfd, fsdp=2, **{axis: 2})
+    if axis != "expert" or hasattr(MODELS[model][0], "experts"):
+        shows_the_numbers_of_one_device(model, layout, capfd, fsdp=2, **{axis: 2})
 
 
 @pytest.mark.parametrize(("model", "axes"), [("slots", ("stage", "fsdp", "expert")), ("experts", ("stage", "tensor"))])

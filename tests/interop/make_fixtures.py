@@ -8,9 +8,11 @@ int32 [2, 24], `logits` float32 of them, and `grad.NAME` of the mean next-token 
 
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 import transformers
 
@@ -23,6 +25,7 @@ SIZES = dict(
 LLAMA31 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=16)  # fmt: skip
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+GPT_OSS_YARN = YARN | dict(truncate=False, beta_fast=32.0, beta_slow=1.0, rope_theta=150_000.0)
 LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=2.0)
 GEMMA3_ROPE = dict(
     sliding_attention=dict(rope_type="default", rope_theta=1e4), full_attention=dict(LINEAR, rope_theta=1e6, factor=8.0)
@@ -39,7 +42,7 @@ CASES = {
     "gpt2": ("GPT2", GPT2),
     "gpt2_wide": ("GPT2", GPT2 | dict(n_inner=40, n_head=2)),
     "mixtral": ("Mixtral", SIZES | MOE),
-    "mixtral_tied_top1": ("Mixtral", SIZES | MOE | dict(num_experts_per_tok=1, tie_word_embeddings=True)),
+    "mixtral_tied_top3": ("Mixtral", SIZES | MOE | dict(num_experts_per_tok=3, tie_word_embeddings=True)),
     "mistral_window": ("Mistral", SIZES | dict(sliding_window=7)),
     "mistral_whole": ("Mistral", SIZES | dict(sliding_window=None, tie_word_embeddings=True)),
     "qwen2_tied": ("Qwen2", SIZES | dict(tie_word_embeddings=True)),
@@ -58,10 +61,13 @@ CASES = {
                                           rope_parameters=GEMMA3_ROPE, intermediate_size=32)),
     "gemma3_short_turns": ("Gemma3Text", SIZES | dict(num_hidden_layers=5, sliding_window=4, sliding_window_pattern=3,
                                                       intermediate_size=32)),
+    "gpt_oss": ("GptOss", SIZES | MOE | dict(sliding_window=6, rope_parameters=GPT_OSS_YARN)),
+    "gpt_oss_odd": ("GptOss", SIZES | MOE | dict(intermediate_size=16, num_hidden_layers=3, sliding_window=5,
+                                                 num_local_experts=3, swiglu_limit=0.5)),
 }  # fmt: skip
 SHARDED = {"llama_grouped"}  # written as several files with an index
 FLOAT32 = {"llama_grouped", "gpt2", "gemma3_short_turns"}  # the others are written in bfloat16
-GRADIENTS = ("embed", "wte", "q_proj", "c_attn", "norm", "router", "gate", "sinks", "down_proj", "w2", "ln_1")
+GRADIENTS = ("embed", "wte", "q_proj", "c_attn", "norm", "router", "gate", "sinks", "experts.1.", "down_proj", "ln_1")
 
 
 def config_of(family: str, fields: dict):
@@ -81,16 +87,23 @@ def model_of(family: str, fields: dict) -> torch.nn.Module:
     return model
 
 
+def in_files(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The gradients by the names and in the shapes that the weights have in files."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict={name: x.grad for name, x in model.named_parameters()})
+        return safetensors.numpy.load_file(Path(folder) / "model.safetensors")
+
+
 def expected(model: torch.nn.Module, vocab: int) -> dict[str, np.ndarray]:
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, vocab - 1, (2, 24)))
     logits = model(tokens, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     found = dict(tokens=tokens.numpy().astype(np.int32), logits=logits.detach().numpy(), loss=loss.detach().numpy())
-    for name, weight in model.named_parameters():
+    for name, grad in in_files(model).items():
         first = ".0." in name or (".layers." not in name and ".h." not in name)
-        if first and any(word in name for word in GRADIENTS) and weight.numel() < 2100:
-            found[f"grad.{name}"] = weight.grad.numpy()
+        if first and any(word in name for word in GRADIENTS) and grad.size < 2100:
+            found[f"grad.{name}"] = grad
     return found
 
 
