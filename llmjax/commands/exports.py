@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -141,17 +142,17 @@ def tensors(
     folder: Path, parts: list[Weight], wanted: dict[str, Any], dtype: np.dtype, shard: float
 ) -> dict[str, Entry]:
     """Files with room for every tensor, in one file or several and an index."""
-    shapes = {}
+    arrays = {}
     for weight in parts:
-        shape = wanted[weight.ours].shape
-        shapes |= {theirs: weight.shape(shape) for _, theirs in weight.names(shape)}
+        kind, shape = np.dtype(np.float32) if weight.float32 else dtype, wanted[weight.ours].shape
+        arrays |= {theirs: (kind, weight.shape(shape)) for _, theirs in weight.names(shape)}
     if not shard > 0:
         raise Refused(f"shard is {shard}: give the largest size of a file in GB, such as 5.")
-    files = list(_split(shapes, dtype, int(shard * 1e9)))
+    files = list(_split(arrays, int(shard * 1e9)))
     places, index = {}, {}
     for number, names_ in enumerate(files, 1):
         file = interop.SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        places |= safetensors.create(folder / file, {name: (dtype, shapes[name]) for name in names_})
+        places |= safetensors.create(folder / file, {name: arrays[name] for name in names_})
         index |= dict.fromkeys(names_, file)
     if len(files) > 1:
         size = sum(entry.map().nbytes for entry in places.values())
@@ -160,10 +161,10 @@ def tensors(
     return places
 
 
-def _split(shapes: dict[str, tuple[int, ...]], dtype: np.dtype, most: int) -> Iterator[list[str]]:
+def _split(arrays: dict[str, tuple[np.dtype, tuple[int, ...]]], most: int) -> Iterator[list[str]]:
     now, size = [], 0
-    for name, shape in shapes.items():
-        more = int(np.prod(shape)) * dtype.itemsize
+    for name, (dtype, shape) in arrays.items():
+        more = math.prod(shape) * dtype.itemsize
         if now and size + more > most:
             yield now
             now, size = [], 0

@@ -55,8 +55,8 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     "Theirs -> the values that mean what we compute; the first is also what is meant by a file without the field."
     parts: tuple[Part, ...] = ()
-    spare: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    "Ends of the names of tensors that may be there, with nothing in them that is not elsewhere."
+    spare: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+    "Patterns of the names of tensors that may be there and are not used; {layers} is their number."
     prefix: str = ""
     "What some checkpoints leave out in front of all names."
 

@@ -73,8 +73,9 @@ class Checkpoint:
         return jax.tree.unflatten(jax.tree.structure(like), loaded)
 
     def spare(self) -> tuple[str, ...]:
-        """Ends of names of tensors that may be left over."""
-        return (*self.family.spare, "lm_head.weight") if getattr(self.model, "tied", False) else self.family.spare
+        """Patterns of names of tensors that may be left over."""
+        own = tuple(one.replace("{layers}", str(self.model.layers)) for one in self.family.spare)
+        return (*own, r"^lm_head\.weight$") if getattr(self.model, "tied", False) else own
 
     def texts(self) -> dict[str, Path]:
         """The tokenizer's and other small files that are there."""

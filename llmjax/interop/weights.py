@@ -7,6 +7,7 @@ layers and experts and keep heads apart. Both are views of the same numbers: not
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,6 +36,8 @@ class Weight:
     part: int = 0
     layers: range | None = None
     "The numbers of the layers along L, from 0."
+    float32: bool = False
+    "Kept in float32 whatever the others are in."
 
     @property
     def letters(self) -> str:
@@ -73,6 +76,11 @@ class Weight:
         return whole.transpose([left.index(d) for d in self.letters if d not in self.named])
 
 
+def stacked(name: str, weights: Iterable[Weight], layers: range) -> list[Weight]:
+    """Weights of one layer as those of layers with these numbers, stacked under a name."""
+    return [dataclasses.replace(weight, ours=f"{name}.{weight.ours}", layers=layers) for weight in weights]
+
+
 def of_layers(weights: Iterable[Weight], layers: int, kinds: int = 0) -> list[Weight]:
     """Weights of one layer, named without `blocks.`, as those of all layers.
 
@@ -81,17 +89,16 @@ def of_layers(weights: Iterable[Weight], layers: int, kinds: int = 0) -> list[We
     ahead, found = layers % (kinds or 1), []
     for weight in weights:
         for i in range(ahead):
-            found.append(dataclasses.replace(weight, ours=f"first.{i}.{weight.ours}", layers=range(i, i + 1)))
+            found += stacked(f"first.{i}", [weight], range(i, i + 1))
         for i in range(kinds or 1):
-            name = f"blocks.{i}.{weight.ours}" if kinds else f"blocks.{weight.ours}"
-            found.append(dataclasses.replace(weight, ours=name, layers=range(ahead + i, layers, kinds or 1)))
+            found += stacked(f"blocks.{i}" if kinds else "blocks", [weight], range(ahead + i, layers, kinds or 1))
     return found
 
 
 def account(weights: list[Weight], wanted: Mapping[str, Any], found: Mapping[str, Entry], spare: Iterable[str]) -> None:
     """Refuses a checkpoint in which a tensor is missing, unknown, of another shape, or no float.
 
-    `spare` are ends of names that may be there, as nothing is in them that is not elsewhere.
+    `spare` are patterns of names that may be there and are not used.
 
     Raises:
       Refused: naming the tensors.
@@ -100,7 +107,7 @@ def account(weights: list[Weight], wanted: Mapping[str, Any], found: Mapping[str
     said = {
         "lacks": [name for name in shapes if name not in found],
         "has, and this family has not,": [
-            name for name in found if name not in shapes and not name.endswith(tuple(spare))
+            name for name in found if name not in shapes and not any(re.search(one, name) for one in spare)
         ],
         "has in another shape": [
             f"{name} {list(found[name].shape)} in place of {list(shape)}"

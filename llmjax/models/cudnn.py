@@ -49,4 +49,4 @@ def _on_device(window, q_BTGRK, k_BSGK, v_BSGK):
         local_window_size=(window - 1, 0) if window else None,
         implementation="cudnn",
     )
-    return jnp.reshape(o_BTHK, q_BTGRK.shape).astype(q_BTGRK.dtype)
+    return jnp.reshape(o_BTHK, (*q_BTGRK.shape[:-1], -1)).astype(q_BTGRK.dtype)

@@ -74,19 +74,25 @@ class Llama:
 
 
 class LlamaBlock(nnx.Module):
-    """Attention, then `mlp`, which other families replace along with the weights that `feed_forward` makes."""
+    """Attention, then `mlp`.
+
+    Other families replace either along with its weights, which `heads` and `feed_forward` make, or only a step of it.
+    """
 
     def __init__(self, c: Llama, key: jax.Array):
         keys, sizes = jax.random.split(key, 7), c.sizes()
         into, out = c.width**-0.5, (2 * c.layers) ** -0.5  # residual branches shrink with depth, as GPT-2's
         self.c = c
         self.attention_scale_D = nn.full(1, "D", sizes)
+        self.heads(keys[:4], sizes, into, out)
+        self.mlp_scale_D = nn.full(1, "D", sizes)
+        self.feed_forward(keys[4:], sizes, into, out * c.ff**-0.5)
+
+    def heads(self, keys: jax.Array, sizes: nn.Sizes, into: float, out: float) -> None:
         self.query_DHK = nn.normal(keys[0], "DHK", sizes, into)
         self.key_DGK = nn.normal(keys[1], "DGK", sizes, into)
         self.value_DGK = nn.normal(keys[2], "DGK", sizes, into)
-        self.out_HKD = nn.normal(keys[3], "HKD", sizes, out * (c.heads * c.head_dim) ** -0.5)
-        self.mlp_scale_D = nn.full(1, "D", sizes)
-        self.feed_forward(keys[4:], sizes, into, out * c.ff**-0.5)
+        self.out_HKD = nn.normal(keys[3], "HKD", sizes, out * (sizes["H"] * sizes["K"]) ** -0.5)
 
     def feed_forward(self, keys: jax.Array, sizes: nn.Sizes, into: float, out: float) -> None:
         self.gate_DF = nn.normal(keys[0], "DF", sizes, into)

@@ -11,12 +11,12 @@ class Matrix:
     """A weight that tokens are multiplied by, or several alike."""
 
     dims: str
-    count: int = 1
-    "How many there are, in each layer if they are a layer's."
+    count: float = 1
+    "How many there are, in each layer if they are a layer's: a mean, where some layers have others."
     share: float = 1
     "The part of it that one token meets: of 8 experts of whom each token goes to 2, a quarter; of a table, nothing."
 
-    def size(self, sizes: Mapping[str, int]) -> int:
+    def size(self, sizes: Mapping[str, int]) -> float:
         """Numbers in all of them."""
         return self.count * math.prod(sizes[d] for d in self.dims)
 
@@ -50,10 +50,12 @@ def seen(model: Any, sequence: int) -> float:
 def flops_per_token(model: Any, sequence: int) -> tuple[float, float]:
     """Training FLOPs per token, (causal, full): 6 per weight that it meets and 12·L·T·H·K for the whole T² square.
 
+    K is the mean of the widths of keys and of values (Y), where these differ.
+
     Causal ones are those of what windows leave of the triangle.
     """
     sizes, met = model.sizes(), 0.0
     for module, matrices in model.matrices().items():
         met += (model.layers if module in LAYER else 1) * sum(m.share * m.size(sizes) for m in matrices)
-    square = 12 * model.layers * sequence * sizes["H"] * sizes["K"]
+    square = 6 * model.layers * sequence * sizes["H"] * (sizes["K"] + sizes.get("Y", sizes["K"]))
     return 6 * met + square / 2 * seen(model, sequence), 6 * met + square

@@ -84,4 +84,4 @@ def _on_device(kernel, q_BTGRK, k_BSGK, v_BSGK, segments):
     k_BGSK, v_BGSK = (jnp.moveaxis(x, 1, 2) for x in (k_BSGK, v_BSGK))
     segment_ids = None if segments is None else splash.SegmentIds(*segments)
     o_BHTK = jax.vmap(kernel)(q_BHTK, k_BGSK, v_BGSK, segment_ids)
-    return jnp.moveaxis(o_BHTK.reshape(B, G, R, T, K), 3, 1)
+    return jnp.moveaxis(o_BHTK.reshape(B, G, R, T, -1), 3, 1)

@@ -13,6 +13,7 @@ from llmjax.evaluate import parity
 from llmjax.evaluate.parity import Tolerance, Trace
 from llmjax.layout import Pipeline
 from llmjax.mesh import AXES, Axes
+from llmjax.models.deepseek_v3 import DeepseekV3
 from llmjax.models.gemma2 import Gemma2
 from llmjax.models.gemma3 import Gemma3
 from llmjax.models.gpt2 import GPT2
@@ -34,6 +35,10 @@ from meshes import cpu8
 KIND = dict(data="dp", stage="pp", fsdp="fsdp", expert="ep", context="ring", tensor="tp")
 SMALL = dict(vocab=96, layers=2, width=32, heads=4, head_dim=8, ff=64, positions=16)
 EXPERTS = dict(kv_heads=2, experts=4, top_k=2) | SMALL
+DEEPSEEK = SMALL | dict(
+    layers=3, dense=1, kv_heads=4, head_dim=12, rotary=4, value_dim=6, query_latent=12, latent=16, dense_ff=48,
+    experts=8, top_k=2, groups=4, top_groups=2,
+)  # fmt: skip
 MODELS = {
     "dense": (Llama(kv_heads=2, **SMALL), NextToken()),
     "gpt2": (GPT2(**SMALL), NextToken(z=1e-3)),
@@ -46,6 +51,7 @@ MODELS = {
     "gemma2": (Gemma2(kv_heads=2, window=5, **SMALL | dict(layers=4)), NextToken()),
     "gemma3": (Gemma3(kv_heads=2, window=5, every=2, **SMALL | dict(layers=5)), NextToken()),
     "gpt_oss": (GptOss(window=5, **EXPERTS | dict(layers=4)), RoutedNextToken()),
+    "deepseek_v3": (DeepseekV3(**DEEPSEEK), RoutedNextToken(balance=1e-4)),
     "slots": (Mixtral(router="sigmoid", shared=1, capacity=1.25, **EXPERTS), RoutedNextToken(balance=1e-4)),
 }
 DENSE = tuple(axis for axis in AXES if axis != "expert")
@@ -131,12 +137,8 @@ def test_the_other_family_too(layout, capfd):
     )
 
 
-FAMILIES = ("mistral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "gemma2", "gemma3", "gpt_oss")
-UNLIKE = (
-    "olmo2",
-    "gemma3",
-    "gpt_oss",
-)  # what others have as well: biases, norms over cut heads, turns and what precedes
+FAMILIES = ("mistral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "gemma2", "gemma3", "gpt_oss", "deepseek_v3")
+UNLIKE = ("olmo2", "gemma3", "gpt_oss", "deepseek_v3")  # norms over cut heads; turns; biases and sinks; latents
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,12 @@ GEMMA3_ROPE = dict(
 GPT2 = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)
 MOE = dict(intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
 QWEN_MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+DEEPSEEK = {name: size for name, size in SIZES.items() if name != "head_dim"} | dict(
+    num_key_value_heads=4,
+    n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3, q_lora_rank=12, kv_lora_rank=16,
+    qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, moe_intermediate_size=8, n_shared_experts=2,
+    first_k_dense_replace=1,
+)  # fmt: skip
 
 CASES = {
     "llama_grouped": ("Llama", SIZES),
@@ -64,10 +70,27 @@ CASES = {
     "gpt_oss": ("GptOss", SIZES | MOE | dict(sliding_window=6, rope_parameters=GPT_OSS_YARN)),
     "gpt_oss_odd": ("GptOss", SIZES | MOE | dict(intermediate_size=16, num_hidden_layers=3, sliding_window=5,
                                                  num_local_experts=3, swiglu_limit=0.5)),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK | dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0))),
+    "deepseek_v3_plain": ("DeepseekV3", DEEPSEEK | dict(q_lora_rank=None, first_k_dense_replace=0, n_group=1,
+                                                        topk_group=1, rope_interleave=False, norm_topk_prob=False)),
 }  # fmt: skip
 SHARDED = {"llama_grouped"}  # written as several files with an index
 FLOAT32 = {"llama_grouped", "gpt2", "gemma3_short_turns"}  # the others are written in bfloat16
-GRADIENTS = ("embed", "wte", "q_proj", "c_attn", "norm", "router", "gate", "sinks", "experts.1.", "down_proj", "ln_1")
+GRADIENTS = (
+    "embed",
+    "wte",
+    "q_proj",
+    "c_attn",
+    "norm",
+    "router",
+    "gate",
+    "sinks",
+    "experts.1.",
+    "down_proj",
+    "ln_1",
+    "_a_",
+    "_b_",
+)
 
 
 def config_of(family: str, fields: dict):
@@ -84,13 +107,17 @@ def model_of(family: str, fields: dict) -> torch.nn.Module:
             vector = weight.ndim < 2
             weight.add_(torch.randn_like(weight) * (0.2 if vector else 0.1))
             weight.copy_(weight.bfloat16())
+        for name, bias in model.named_buffers():
+            if "correction_bias" in name:
+                bias.copy_((0.1 * torch.randn_like(bias)).bfloat16())
     return model
 
 
 def in_files(model: torch.nn.Module) -> dict[str, np.ndarray]:
     """The gradients by the names and in the shapes that the weights have in files."""
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, state_dict={name: x.grad for name, x in model.named_parameters()})
+        grads = {name: x.grad for name, x in model.named_parameters()}
+        model.save_pretrained(folder, state_dict=grads | dict(model.named_buffers()))
         return safetensors.numpy.load_file(Path(folder) / "model.safetensors")
 
 
@@ -102,7 +129,7 @@ def expected(model: torch.nn.Module, vocab: int) -> dict[str, np.ndarray]:
     found = dict(tokens=tokens.numpy().astype(np.int32), logits=logits.detach().numpy(), loss=loss.detach().numpy())
     for name, grad in in_files(model).items():
         first = ".0." in name or (".layers." not in name and ".h." not in name)
-        if first and any(word in name for word in GRADIENTS) and grad.size < 2100:
+        if first and any(word in name for word in GRADIENTS) and grad.size < 2100 and "correction_bias" not in name:
             found[f"grad.{name}"] = grad
     return found
 

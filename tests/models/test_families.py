@@ -10,8 +10,10 @@ from llmjax.checks import check
 from llmjax.errors import Refused
 from llmjax.interop import folder
 from llmjax.models import nn, shapes
+from llmjax.models.deepseek_v3 import DeepseekV3
 from llmjax.models.gemma2 import Gemma2
 from llmjax.models.gemma3 import Gemma3
+from llmjax.models.gpt_oss import GptOss
 from llmjax.models.llama import Llama
 from llmjax.models.mistral import Mistral
 from llmjax.models.qwen2 import Qwen2
@@ -42,6 +44,29 @@ def one_device():
         (
             Qwen3Moe(vocab=151_936, layers=48, width=2048, heads=32, kv_heads=4, head_dim=128, ff=768, experts=128),
             30_532_122_624,
+        ),
+        (
+            DeepseekV3(
+                vocab=129_280,
+                layers=61,
+                width=7168,
+                heads=128,
+                kv_heads=128,
+                ff=2048,
+                experts=256,
+                top_k=8,
+                dense=3,
+                dense_ff=18_432,
+                groups=8,
+                top_groups=4,
+            ),
+            671_026_419_200,
+        ),
+        (
+            GptOss(
+                vocab=201_088, layers=24, width=2880, heads=64, kv_heads=8, head_dim=64, ff=2880, experts=32, top_k=4
+            ),
+            20_914_757_184,
         ),
         (Gemma2(vocab=256_000, layers=26, width=2304, heads=8, kv_heads=4, head_dim=256, ff=9216), 2_614_341_888),
         (Gemma3(vocab=262_144, layers=26, width=1152, heads=4, kv_heads=1, head_dim=256, ff=6912), 999_885_952),

@@ -64,6 +64,6 @@ FAMILY = Family(
     ),
     parts=(WIDTHS, CLASSIFIER),
     weights=lambda c: ENDS + of_layers(LAYER, c.layers),
-    spare=(".attn.bias", ".attn.masked_bias", "lm_head.weight"),
+    spare=(r"\.attn\.(masked_)?bias$", r"^lm_head\.weight$"),
     prefix="transformer.",
 )

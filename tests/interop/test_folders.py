@@ -146,7 +146,11 @@ def changed(tmp_path: Path, case: str, **fields) -> Path:
 @pytest.mark.parametrize(
     ("case", "fields", "said"),
     [
-        ("llama_grouped", dict(architectures=["MambaForCausalLM"]), "known are GPT2LMHeadModel, Gemma2ForCausalLM, "),
+        (
+            "llama_grouped",
+            dict(architectures=["MambaForCausalLM"]),
+            "known are DeepseekV3ForCausalLM, GPT2LMHeadModel, ",
+        ),
         ("llama_grouped", dict(architectures=["LlamaForCasualLM"]), "did you mean LlamaForCausalLM?"),
         ("llama_grouped", dict(attention_bias=True), "attention_bias True, and llmjax computes Llama with False only"),
         ("llama_grouped", dict(quantization_config=dict(bits=4)), "config.json has quantization_config"),
