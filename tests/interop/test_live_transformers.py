@@ -28,7 +28,8 @@ GPT2 = dict(n_embd=48, n_head=6, n_positions=96)
 def fields_of(case: str) -> tuple[str, dict]:
     """A case of the fixtures with other sizes."""
     family, fields = make_fixtures.CASES[case]
-    return family, fields | (GPT2 if family == "GPT2" else NEW)
+    own = dict(GPT2=GPT2, DeepseekV3=NEW | dict(num_key_value_heads=6))
+    return family, fields | own.get(family, NEW)
 
 
 def ours(path: Path):

@@ -8,6 +8,7 @@ from llmjax import mesh as meshes
 from llmjax.checkpoint.checkpoints import named
 from llmjax.checks import check
 from llmjax.errors import Refused
+from llmjax.evaluate.parity import small
 from llmjax.interop import folder
 from llmjax.models import nn, shapes
 from llmjax.models.deepseek_v3 import DeepseekV3
@@ -19,6 +20,7 @@ from llmjax.models.mistral import Mistral
 from llmjax.models.qwen2 import Qwen2
 from llmjax.models.qwen3 import Qwen3
 from llmjax.models.qwen3_moe import Qwen3Moe
+from llmjax.optim.adamw import AdamW
 from llmjax.run import Run
 from meshes import cpu8
 
@@ -98,8 +100,17 @@ def test_windows_leave_a_part_of_the_causal_triangle():
     assert Gemma3(**c | dict(layers=8), window=9, every=3).windows() == (0, 9, 9)  # after two that come first
 
 
+@pytest.mark.parametrize("family", folder.known(), ids=lambda family: family.model.__name__)
+def test_every_family_can_be_made_small_for_a_comparison_and_keeps_its_shape(family):
+    big = dict(layers=12, width=512, heads=16, ff=2048)
+    more = dict(kv_heads=16) if family.model is DeepseekV3 else {}
+    found = small(run_of(family.model(**big, **more), "dp")).model
+    assert found.width == 64 and found.layers == 4
+    assert len(set(shapes.windows(found))) == len(set(shapes.windows(family.model(**big, **more))))
+
+
 def run_of(model, layout: str, **fields) -> Run:
-    return Run(model=model, data=None, optimizer=None, loss=None, mesh=cpu8.cluster, layout=layouts.preset(layout),
+    return Run(model=model, data=None, optimizer=AdamW(), loss=None, mesh=cpu8.cluster, layout=layouts.preset(layout),
                batch=16, sequence=32, **fields)  # fmt: skip
 
 
