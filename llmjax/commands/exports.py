@@ -45,8 +45,8 @@ class Export:
     "Name of a run, or the path of its directory."
     out: tyro.conf.Positional[Path]
     "Folder to make."
-    dtype: Literal["as imported", "float32", "bfloat16"] = "as imported"
-    "Type of the tensors; of a run that was not imported, float32."
+    dtype: Literal["imported", "float32", "bfloat16"] = "imported"
+    "Type of the tensors: that of the imported checkpoint or, where none was, float32; or one of these."
     shard: float = 5.0
     "Largest file in GB; what fits one file is one file."
     step: int = -1
@@ -131,7 +131,7 @@ def config_of(run: Run, family: Family, origin: Path | None, dtype: str) -> Json
     known = json.loads((origin / interop.CONFIG).read_text()) if origin else {}
     before = known.get("torch_dtype", known.get("dtype", "float32"))
     kept = before if before in DTYPES else "float32"
-    config = configs.write(family, run.model, kept if dtype == "as imported" else dtype)
+    config = configs.write(family, run.model, kept if dtype == "imported" else dtype)
     if known and configs.read(interop.known(), known)[1] == run.model:
         said = [name for name in ("dtype", "torch_dtype") if name in known] or ["torch_dtype"]
         return known | dict.fromkeys(said, config["torch_dtype"])

@@ -67,6 +67,20 @@ def test_on_any_mesh_the_weights_are_the_same():
         np.testing.assert_array_equal(np.asarray(x), np.asarray(cut[name]), err_msg=name)
 
 
+PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+
+
+@pytest.mark.parametrize("parameters", PUBLISHED, ids=lambda n: PUBLISHED[n]["model_type"])
+def test_configs_as_they_are_published_give_models_of_the_size_that_is_published(parameters):
+    """Those of DeepSeek-V3 and gpt-oss without the quantization that their first checkpoints have."""
+    family, model, _ = configs.read(folder.known(), PUBLISHED[parameters])
+    mesh, how = on_mesh()
+    with jax.set_mesh(mesh), nn.compute(how):
+        weights = jax.eval_shape(model.init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(weights)) == int(parameters)
+    assert configs.read([family], configs.write(family, model, "bfloat16"))[1] == model
+
+
 def test_files_that_disagree_with_their_index_are_refused(tmp_path):
     copy = shutil.copytree(FIXTURES / "llama_grouped", tmp_path / "copy")
     index = json.loads((copy / folder.INDEX).read_text())

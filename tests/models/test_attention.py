@@ -109,6 +109,19 @@ def test_capped_scores_and_sinks_stay_what_they_are_where_heads_and_positions_ar
     same(cut, attended("reference", "dp", 2, 0, True, **given))
 
 
+@pytest.mark.parametrize("kernel", ["blocked", "splash"])
+def test_values_may_be_of_another_width_than_keys(kernel):
+    random = np.random.default_rng(0)
+    given = tuple(jnp.asarray(random.normal(size=(1, T, 2, width)), jnp.float32) for width in (64, 64, 32))
+    mesh, found = meshes.device_mesh(meshes.Axes(*[1] * 6), jax.devices()[:1]), {}
+    for name in ("reference", kernel):
+        how = nn.Compute(attention=name, block=128, interpret=True)
+        with jax.set_mesh(mesh), nn.compute(how):
+            found[name] = jax.jit(jax.grad(lambda *qkv: jnp.sum(jnp.sin(attention(*qkv))), (0, 1, 2)))(*given)
+    for a, b in zip(found[kernel], found["reference"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("kernel", ["reference", "blocked"])
 def test_a_window_hides_what_is_further_back(kernel):
     """Against the library, which counts the keys on the left besides one's own."""
