@@ -15,12 +15,10 @@ import ml_dtypes
 import numpy as np
 import tyro
 
-from llmjax import mesh as meshes
-from llmjax import names, processes
 from llmjax.checkpoint.checkpoints import Checkpoints, like, named
 from llmjax.checkpoint.manifest import sync
 from llmjax.commands.generate import choose_step, find
-from llmjax.commands.imports import KEPT
+from llmjax.commands.imports import KEPT, laid_out
 from llmjax.data.tokenizer import end_of_text, load
 from llmjax.errors import DONE, IO, Refused
 from llmjax.interop import configs, safetensors, weights
@@ -28,11 +26,8 @@ from llmjax.interop import folder as interop
 from llmjax.interop.configs import Family, Json
 from llmjax.interop.safetensors import Entry
 from llmjax.interop.weights import Weight
-from llmjax.layout import preset
-from llmjax.mesh import Axes
 from llmjax.run import Run, read
 from llmjax.train.display import Display, memory
-from llmjax.train.program import make, resolve
 
 DTYPES = dict(float32=np.dtype(np.float32), bfloat16=np.dtype(ml_dtypes.bfloat16))
 
@@ -69,17 +64,11 @@ def export(asked: Export) -> int:
     origin = origin_of(run, home)
     config = config_of(run, family, origin, asked.dtype)
     kind, scratch = config.get("torch_dtype", config.get("dtype")), room(asked)
-    run = dataclasses.replace(
-        run, mesh=names.load("meshes", asked.mesh, "cluster"), axes=Axes(), accumulate=1, attention="reference",
-        layout=preset("fsdp"),
-    )  # fmt: skip
-    devices = processes.start(run.mesh, processes.Processes())
-    mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
-    program = make(run, mesh, meshes.chip_of(run.mesh, devices))
+    program = laid_out(run, asked.mesh, "fsdp")
     try:
         with program.context(), Checkpoints(home / "checkpoints") as checkpoints:
             step = choose_step(checkpoints, asked.step, home)
-            wanted = named(like(program.abstract_state().model, mesh))
+            wanted = named(like(program.abstract_state().model, program.mesh))
             parts = family.weights(run.model)
             places = tensors(scratch, parts, wanted, DTYPES[kind], asked.shard)
             for weight in parts:  # one at a time

@@ -18,14 +18,15 @@ from llmjax.data.dataset import Text
 from llmjax.data.tokenizer import TokenizerFile, load, vocabulary
 from llmjax.errors import DATA, DONE, IO, Refused
 from llmjax.interop import folder as interop
-from llmjax.layout import preset
+from llmjax.layout import Pipeline, preset
+from llmjax.mesh import Axes
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Cosine
-from llmjax.run import Run, read
+from llmjax.run import DiLoCo, Run, read
 from llmjax.train.display import Display, count
 from llmjax.train.loop import decisive
 from llmjax.train.loss import NextToken
-from llmjax.train.program import make, resolve
+from llmjax.train.program import Program, make, resolve
 from llmjax.train.resume import WEIGHTS
 from llmjax.train.routed import RoutedNextToken
 from llmjax.train.step import State
@@ -64,17 +65,27 @@ def bring(asked: Import) -> int:
     texts = found.texts()
     if "tokenizer.json" in texts:
         fits(texts["tokenizer.json"], run)
-    devices = processes.start(run.mesh, processes.Processes())
-    mesh = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
-    program = make(run, mesh, meshes.chip_of(run.mesh, devices))
+    program = laid_out(run, asked.mesh, asked.layout)
     with program.context():
-        model = found.load(like(program.abstract_state().model, mesh))
+        model = found.load(like(program.abstract_state().model, program.mesh))
         Path(run.runs).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{run.name}.", dir=run.runs) as scratch:
             write(run, State(jnp.int32(0), model, ()), Path(scratch) / run.name, texts, found)
             (Path(scratch) / run.name).rename(home)
     say(run, found, sum(x.size for x in jax.tree.leaves(model)))
     return DONE
+
+
+def laid_out(run: Run, mesh: str, layout: str) -> Program:
+    """The run's program on the devices here, to hold its weights and not to train."""
+    run = dataclasses.replace(
+        run, mesh=names.load("meshes", mesh, "cluster"), axes=Axes(), layout=preset(layout), accumulate=1,
+        attention="reference", local=DiLoCo(every=0), pipeline=Pipeline(),
+    )  # fmt: skip
+    devices = processes.start(run.mesh, processes.Processes())
+    run = dataclasses.replace(run, batch=len(devices))
+    on_devices = meshes.device_mesh(resolve(run, len(devices)), devices, run.mesh.slices)
+    return make(run, on_devices, meshes.chip_of(run.mesh, devices))
 
 
 def run_of(asked: Import, found: interop.Checkpoint) -> Run:

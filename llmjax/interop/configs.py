@@ -67,17 +67,7 @@ def read(families: Iterable[Family], found: Json) -> tuple[Family, Any, list[str
     Raises:
       Refused: the architecture is none of these, or a field means what we do not compute.
     """
-    families = {family.architecture: family for family in families}
-    named = next(iter(found.get("architectures") or [""]))
-    family = families.get(named) or next(
-        (f for f in families.values() if f.model_type == found.get("model_type")), None
-    )
-    if family is None or (named and named not in families):
-        raise Refused(
-            f"config.json is of architecture {named or found.get('model_type')!r}, which llmjax does not know: "
-            f"{did_you_mean(str(named), families)}known are {', '.join(sorted(families))}.",
-            DATA,
-        )
+    family = _of(families, found)
     given = {**family.defaults, **{name: value for name, value in found.items() if value is not None}}
     _refuse_unknown(family, found)
     for name, values in family.fixed.items():
@@ -103,6 +93,22 @@ def read(families: Iterable[Family], found: Json) -> tuple[Family, Any, list[str
             ) from error
     notes = [f"{name} is {found[name]:g} there; llmjax trains without dropout." for name in DROPOUTS if found.get(name)]
     return family, family.model(**_typed(family, ours)), notes
+
+
+def _of(families: Iterable[Family], found: Json) -> Family:
+    """The family of the config's architecture."""
+    families = {family.architecture: family for family in families}
+    named = next(iter(found.get("architectures") or [""]))
+    family = families.get(named) or next(
+        (f for f in families.values() if f.model_type == found.get("model_type")), None
+    )
+    if family is None or (named and named not in families):
+        raise Refused(
+            f"config.json is of architecture {named or found.get('model_type')!r}, which llmjax does not know: "
+            f"{did_you_mean(str(named), families)}known are {', '.join(sorted(families))}.",
+            DATA,
+        )
+    return family
 
 
 def _refuse_unknown(family: Family, found: Json) -> None:

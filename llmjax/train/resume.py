@@ -58,10 +58,7 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
             f"axes.data is {data}, but checkpoint {step} of {program.run.folder()} has {workers} workers of local SGD: "
             f"continue with --axes.data {workers}, or start afresh with another --name."
         )
-    if facts.get(WEIGHTS):
-        state = program.begin(read_weights(program, ledger.checkpoints, step))
-    else:
-        state = read_state(program, ledger.checkpoints, step)
+    state = read_state(program, ledger.checkpoints, step)
     if ledger.records:
         redo(ledger, step, program.run.steps)
     ledger.display.say(f"Continuing {program.run.folder()} from step {step:,}.")
@@ -112,8 +109,10 @@ def read_weights(program: Program, checkpoints: Checkpoints, step: int) -> Any:
 
 def read_state(program: Program, checkpoints: Checkpoints, step: int) -> State:
     """The state of a checkpoint on the program's mesh; one that an older version wrote has seen nothing yet."""
-    wanted = program.abstract_state()
-    if not checkpoints.facts(step).get("watched"):
+    wanted, facts = program.abstract_state(), checkpoints.facts(step)
+    if facts.get(WEIGHTS):
+        return program.begin(read_weights(program, checkpoints, step))
+    if not facts.get("watched"):
         wanted = dataclasses.replace(wanted, watch=None)
     state = checkpoints.restore(step, like(wanted, program.mesh))
     if state.watch is None and not program.run.local.every:
