@@ -155,7 +155,7 @@ def _check_batch(run: Run, axes: Axes, accumulate: int) -> None:
 
 
 def _check_local(run: Run, axes: Axes) -> None:
-    local, layers = run.local, getattr(run.model, "layers", 1)
+    local, layers = run.local, _turns(run.model)
     if hasattr(run.loss, "of_layers"):
         raise Refused(
             f"local.every is {local.every}, but {type(run.loss).__name__} counts loads over all workers: "
@@ -231,6 +231,12 @@ def _check_model(run: Run, axes: Axes) -> None:
                 )
     for axis in layouts.axes_of(run.layout.inner.get("S")):
         pieces = 2 * getattr(axes, axis)
+        window = max((w for w in _windows(model) if w < run.sequence), default=0)
+        if pieces > 2 and window:
+            raise Refused(
+                f"model.window is {window}, and around a ring attention has no window: use cp in place of ring, or "
+                f"--axes.{axis} 1."
+            )
         if pieces > 2 and run.sequence % pieces:
             raise Refused(
                 f"sequence is {run.sequence}, which 2 x {axis} {pieces // 2} pieces of a ring do not divide: "
@@ -248,6 +254,15 @@ def _check_model(run: Run, axes: Axes) -> None:
         )
 
 
+def _turns(model: Any) -> int:
+    """Turns of the loop over layers: fewer than layers where kinds of them take turns."""
+    return getattr(model, "turns", getattr(model, "layers", 1))
+
+
+def _windows(model: Any) -> tuple[int, ...]:
+    return model.windows() if hasattr(model, "windows") else ()
+
+
 def _check_pipeline(run: Run, axes: Axes, accumulate: int) -> None:
     how, stages = run.pipeline, layouts.ways(run.layout.params.get("L"), axes)
     for field, least in dict(microbatches=0, repeats=1).items():
@@ -255,7 +270,7 @@ def _check_pipeline(run: Run, axes: Axes, accumulate: int) -> None:
             raise Refused(f"pipeline.{field} is {getattr(how, field)}: give at least {least}.")
     if stages == 1:
         return
-    model, layers = type(run.model).__name__, getattr(run.model, "layers", None)
+    model, layers, loops = type(run.model).__name__, getattr(run.model, "layers", None), _turns(run.model)
     if layers is None:
         raise Refused(
             f"axes.stage is {stages}, but {model} has no layers to cut into stages: "
@@ -266,11 +281,12 @@ def _check_pipeline(run: Run, axes: Axes, accumulate: int) -> None:
             f"pipeline.schedule is 1f1b, which {type(run.loss).__name__} has no loss of logits for: "
             f"choose gpipe or circular, or give it a method of(logits, batch)."
         )
-    if layers % (stages * how.laps):
+    if loops % (stages * how.laps):
+        fits = stages * how.laps * max(1, layers // max(1, loops))  # kinds of layers that take turns stay together
         ways = f"stage {stages}" + f" x pipeline.repeats {how.laps} = {stages * how.laps}" * (how.laps > 1)
         raise Refused(
             f"model.layers is {layers}, which {ways} does not divide: every stage holds as many layers; "
-            f"choose a multiple of {stages * how.laps}, or a smaller stage axis (--axes.stage)."
+            f"choose a multiple of {fits}, or a smaller stage axis (--axes.stage)."
         )
     devices = layouts.ways(run.layout.inner.get("B"), axes) * accumulate
     rows = run.batch // devices

@@ -23,6 +23,9 @@ Asked = TypeVar("Asked")
 HELP = """llmjax: train large language models in JAX, with the same numbers on any mesh.
 
   llmjax train [EXPERIMENT] [--field value ...]   train, or continue, an experiment (default: stdlib_tiny)
+  llmjax train [EXPERIMENT] --from RUN            the same, beginning with a run's weights, or a Hugging Face folder's
+  llmjax import FOLDER [--name NAME]              make a run of a Hugging Face checkpoint
+  llmjax export RUN FOLDER [--dtype bfloat16]     write a run's weights as a Hugging Face checkpoint
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
   llmjax checkpoints RUN [--verify]               list a run's checkpoints; read them back
   llmjax goodput RUN                              where a run's wall time went
@@ -39,8 +42,8 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "generate", "checkpoints", "goodput", "replay", "launch", "supervise", "parity", "plan", "bench",
-            "experiments", "meshes")  # fmt: skip
+COMMANDS = ("train", "import", "export", "generate", "checkpoints", "goodput", "replay", "launch", "supervise",
+            "parity", "plan", "bench", "experiments", "meshes")  # fmt: skip
 LAUNCHED = ("train", "parity", "bench", "supervise")  # what several processes can do together
 
 
@@ -109,7 +112,7 @@ def _dispatch(command: str, arguments: list[str]) -> int:
     match command:
         case "train":
             with Notice() as notice:  # before the slow imports
-                return _train(*_experiment(arguments, "stdlib_tiny"), notice)
+                return _train(*_from(*_experiment(arguments, "stdlib_tiny")), notice)
         case "parity":
             return _parity(*_experiment(arguments, "stdlib_tiny"))
         case "plan":
@@ -118,6 +121,10 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _bench(*_experiment(arguments, "bench_small"))
         case "generate":
             return _generate(arguments)
+        case "import":
+            return _import(arguments)
+        case "export":
+            return _export(arguments)
         case "checkpoints":
             return _checkpoints(arguments)
         case "goodput":
@@ -138,6 +145,19 @@ def _experiment(arguments: list[str], default: str) -> tuple["Run", list[str]]:
     if arguments and not arguments[0].startswith("-"):
         return load(arguments[0]), arguments[1:]
     return load(default), arguments
+
+
+def _from(run: "Run", arguments: list[str]) -> tuple["Run", list[str]]:
+    """The experiment with the model, tokenizer and weights that `--from` names, and the other arguments."""
+    if "--from" not in arguments:
+        return run, arguments
+    at = arguments.index("--from")
+    if at + 1 == len(arguments):
+        raise Refused("--from names nothing: give a run, or a folder with a Hugging Face checkpoint.")
+    from llmjax.commands.imports import begin_from
+
+    runs = arguments[arguments.index("--runs") + 1] if "--runs" in arguments[:-1] else run.runs
+    return begin_from(run, arguments[at + 1], runs), arguments[:at] + arguments[at + 2 :]
 
 
 def load(name: str) -> "Run":
@@ -279,6 +299,22 @@ def _generate(arguments: list[str]) -> int:
     from llmjax.commands.generate import Generate, generate
 
     return generate(tyro.cli(Generate, args=arguments, prog="llmjax generate"))
+
+
+def _import(arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.commands.imports import Import, bring
+
+    return bring(tyro.cli(Import, args=arguments, prog="llmjax import"))
+
+
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.commands.exports import Export, export
+
+    return export(tyro.cli(Export, args=arguments, prog="llmjax export"))
 
 
 def _checkpoints(arguments: list[str]) -> int:

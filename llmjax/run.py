@@ -138,6 +138,8 @@ class Run:
     guard: Guard = Guard()
     seed: int = 0
     "Seeds the weights and the order of the data."
+    weights: str = ""
+    "Directory of a run, or folder of a Hugging Face checkpoint, whose weights come before step 1; `--from` sets it."
     eval_every: int = 0
     "Steps between evaluations on held-out data; 0: only at the end."
     eval_rows: int = 64

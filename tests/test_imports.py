@@ -17,6 +17,7 @@ ORDER = (
     ("run", "processes"),
     ("checks",),
     ("models", "optim", "data", "checkpoint"),
+    ("interop",),
     ("train",),
     ("plan",),
     ("bench", "evaluate", "report"),

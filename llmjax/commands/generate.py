@@ -9,7 +9,7 @@ import tyro
 
 from llmjax import mesh as meshes
 from llmjax import names, processes, reading
-from llmjax.checkpoint.checkpoints import Checkpoints, like
+from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.data.tokenizer import end_of_text, load
 from llmjax.errors import DATA, DONE, Refused, did_you_mean
 from llmjax.evaluate.generate import Sampling, check, complete
@@ -17,7 +17,7 @@ from llmjax.mesh import Axes
 from llmjax.run import read
 from llmjax.train.display import Display
 from llmjax.train.program import make, resolve
-from llmjax.train.step import State
+from llmjax.train.resume import read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,7 @@ def generate(asked: Generate) -> int:
     program = make(run, mesh, meshes.chip_of(run.mesh, devices))
     with program.context(), Checkpoints(folder / "checkpoints") as checkpoints:
         step = choose_step(checkpoints, asked.step, folder)
-        weights = like(program.abstract_state().model, mesh)
-        model = checkpoints.restore(step, State((), weights, ())).model  # nothing else is read
+        model = read_weights(program, checkpoints, step)
         prompts = [tokenizer.encode(text).ids for text in asked.prompt]
         positions = min(run.sequence, run.model.positions)
         new = complete(model, prompts, asked.sampling, positions=positions, end=end_of_text(tokenizer))

@@ -22,7 +22,7 @@ from llmjax.train.finite import first_not_finite
 from llmjax.train.loop import rows_of
 from llmjax.train.program import Program, make, resolve
 from llmjax.train.records import read
-from llmjax.train.resume import read_state, skipped
+from llmjax.train.resume import begun, read_state, skipped
 from llmjax.train.step import State
 
 
@@ -61,7 +61,7 @@ def before(program: Program, checkpoints: Checkpoints, dataset: Any, step: int, 
     found = checkpoints.newest_verified(step - 1)
     if found is None:
         display.say("No checkpoint is as old as that: beginning at step 0.")
-        return program.init(jax.random.key(program.run.seed)), 0
+        return begun(program), 0
     facts = checkpoints.facts(found)
     if facts.get("data") not in (None, dataset.fingerprint):
         raise Refused(f"checkpoint {found} was trained on other data than this: bring the old data back.", DATA)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
+_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>",
+         "<｜end▁of▁sentence｜>")  # fmt: skip
 
 # Code is mostly line ends with the next line's indentation, and identifiers with the blank or dot before them: each
 # is one piece, so each can become one token. On the standard library this gives 2 % fewer tokens than GPT-2's pattern.

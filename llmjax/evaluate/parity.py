@@ -15,7 +15,10 @@ from llmjax.optim.schedules import Constant
 from llmjax.run import DiLoCo, Run
 from llmjax.train.program import Program, make
 
-SMALL = dict(vocab=128, layers=4, width=64, head_dim=16, ff=128, shared_ff=64, experts=8, positions=32)
+SMALL = dict(
+    vocab=128, layers=4, width=64, head_dim=16, ff=128, shared_ff=64, experts=8, positions=32, window=8, rotary=8,
+    value_dim=12, latent=32, query_latent=32, dense=1, dense_ff=128, groups=4, top_groups=2,
+)  # fmt: skip
 MOVED = 0.005  # share of a step's choices of experts that rounding may have made
 FLAT = 1e-3  # a parameter whose gradient is this small beside the largest one has only rounding to compare
 
@@ -71,8 +74,10 @@ def small(run: Run) -> Run:
         new["heads"] = model.heads // factor
         if "kv_heads" in fields:
             new["kv_heads"] = keys // factor
+    if "every" in fields:  # kinds of layers still take turns
+        new["every"] = min(model.every, 2)
     if "top_k" in fields:
-        new["top_k"] = min(model.top_k, new["experts"])
+        new["top_k"] = min(model.top_k, new["experts"] * new.get("top_groups", 1) // new.get("groups", 1))
     optimizer = dataclasses.replace(run.optimizer, schedule=Constant())
     return dataclasses.replace(
         run, model=dataclasses.replace(model, **new), optimizer=optimizer, batch=16, sequence=32, accumulate=1

@@ -9,16 +9,22 @@ NARROWER = 1024
 LONG = 1024  # positions from which blocks are faster than all scores at once: on a CPU as fast at 256, then 1.6 times
 
 
-def lacks(kernel: str, platform: str, *, positions: int, ways: int, head_dim: int, bfloat16: bool) -> str:
+def lacks(
+    kernel: str, platform: str, *, positions: int, ways: int, head_dim: int, bfloat16: bool, cap: float, sinks: bool
+) -> str:
     """Why the kernel cannot run on such devices, of which each holds so many positions; empty where it can.
 
-    `ways` is into how many parts sequences are cut.
+    `ways` is into how many parts sequences are cut; `cap` and `sinks` are those of `llmjax.models.scores`.
     """
     for owner, own in OWN.items():
         if kernel == own and platform != owner:
             return f"{kernel} runs on {owner.upper()}s, and this is a {platform.upper()}"
     if kernel == "splash" and positions % splash.LANES:
         return f"splash takes multiples of {splash.LANES} positions on a device, and there are {positions}"
+    if kernel in OWN.values() and sinks:
+        return f"{kernel} has no attention sinks, and the model has"
+    if kernel == "cudnn" and cap:
+        return f"cudnn does not cap scores, and model.cap is {cap:g}"
     if kernel == "cudnn" and not bfloat16:
         return "cudnn takes bfloat16, and products are float32"
     if kernel == "cudnn" and ways > 1:

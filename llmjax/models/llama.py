@@ -8,7 +8,7 @@ from flax import nnx
 
 from llmjax.errors import Refused
 from llmjax.models import nn, shapes
-from llmjax.models.attention import RopeScaling, attention, rope_angles, rotate
+from llmjax.models.attention import Scaling, attention, rope_angles, rotate
 from llmjax.models.shapes import Matrix
 
 Sums = dict[str, jax.Array] | None
@@ -40,8 +40,8 @@ class Llama:
     "Longest sequence."
     theta: float = 500_000.0
     "Base of the rotary wavelengths."
-    scaling: RopeScaling | None = None
-    "Llama 3.1's scaling of the rotary frequencies."
+    scaling: Scaling | None = None
+    "How the rotary frequencies are scaled: Llama 3.1's way, evenly, or YaRN's."
     tied: bool = False
     "Use the embedding as the output head."
     epsilon: float = 1e-5
@@ -74,19 +74,25 @@ class Llama:
 
 
 class LlamaBlock(nnx.Module):
-    """Attention, then `mlp`, which other families replace along with the weights that `feed_forward` makes."""
+    """Attention, then `mlp`.
+
+    Other families replace either along with its weights, which `heads` and `feed_forward` make, or only a step of it.
+    """
 
     def __init__(self, c: Llama, key: jax.Array):
         keys, sizes = jax.random.split(key, 7), c.sizes()
         into, out = c.width**-0.5, (2 * c.layers) ** -0.5  # residual branches shrink with depth, as GPT-2's
         self.c = c
         self.attention_scale_D = nn.full(1, "D", sizes)
+        self.heads(keys[:4], sizes, into, out)
+        self.mlp_scale_D = nn.full(1, "D", sizes)
+        self.feed_forward(keys[4:], sizes, into, out * c.ff**-0.5)
+
+    def heads(self, keys: jax.Array, sizes: nn.Sizes, into: float, out: float) -> None:
         self.query_DHK = nn.normal(keys[0], "DHK", sizes, into)
         self.key_DGK = nn.normal(keys[1], "DGK", sizes, into)
         self.value_DGK = nn.normal(keys[2], "DGK", sizes, into)
-        self.out_HKD = nn.normal(keys[3], "HKD", sizes, out * (c.heads * c.head_dim) ** -0.5)
-        self.mlp_scale_D = nn.full(1, "D", sizes)
-        self.feed_forward(keys[4:], sizes, into, out * c.ff**-0.5)
+        self.out_HKD = nn.normal(keys[3], "HKD", sizes, out * (sizes["H"] * sizes["K"]) ** -0.5)
 
     def feed_forward(self, keys: jax.Array, sizes: nn.Sizes, into: float, out: float) -> None:
         self.gate_DF = nn.normal(keys[0], "DF", sizes, into)
@@ -103,12 +109,25 @@ class LlamaBlock(nnx.Module):
 
     @jax.named_scope("attention")
     def attention(self, x_BTD, segments_BT):
-        c = self.c
-        angles_TK = rope_angles(nn.positions(x_BTD.shape[1]), c.head_dim, c.theta, c.scaling)
-        subscripts = "BTD,DHK->BTHK", "BTD,DGK->BTGK", "BTD,DGK->BTGK"
-        q_BTHK, k_BTGK, v_BTGK = nn.project_all(subscripts, x_BTD, self.query_DHK, self.key_DGK, self.value_DGK)
-        o_BTHK = attention(rotate(q_BTHK, angles_TK), rotate(k_BTGK, angles_TK), v_BTGK, segments_BT)
+        q_BTHK, k_BTGK, v_BTGK = self.queries_keys_values(x_BTD)
+        o_BTHK = self.attend(*self.turned(q_BTHK, k_BTGK), v_BTGK, segments_BT)
         return nn.project("BTHK,HKD->BTD", o_BTHK, self.out_HKD)
+
+    def queries_keys_values(self, x_BTD: jax.Array) -> list[jax.Array]:
+        """(q_BTHK, k_BTGK, v_BTGK) before positions."""
+        subscripts = "BTD,DHK->BTHK", "BTD,DGK->BTGK", "BTD,DGK->BTGK"
+        return nn.project_all(subscripts, x_BTD, self.query_DHK, self.key_DGK, self.value_DGK)
+
+    def turned(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys at their positions."""
+        c = self.c
+        angles_TK = rope_angles(nn.positions(q_BTHK.shape[1]), c.head_dim, c.theta, c.scaling)
+        stretch = getattr(c.scaling, "stretch", 1.0)
+        return rotate(q_BTHK, angles_TK, stretch), rotate(k_BTGK, angles_TK, stretch)
+
+    def attend(self, q_BTHK, k_BTGK, v_BTGK, segments_BT) -> jax.Array:
+        """What every query finds, [B, T, H, K]."""
+        return attention(q_BTHK, k_BTGK, v_BTGK, segments_BT)
 
     @jax.named_scope("mlp")
     def mlp(self, x_BTD: jax.Array) -> tuple[jax.Array, Sums]:
@@ -128,10 +147,14 @@ class LlamaModel(nnx.Module):
         keys, sizes = jax.random.split(key, 3), c.sizes()
         self.c = c
         self.embed_VD = nn.normal(keys[0], "VD", sizes, c.width**-0.5 if c.tied else 1.0)
-        self.blocks = nn.stack(functools.partial(block, c), keys[1], c.layers)
+        self.add_layers(c, keys[1], block)
         self.final_scale_D = nn.full(1, "D", sizes)
         if not c.tied:
             self.head_DV = nn.normal(keys[2], "DV", sizes, c.width**-0.5)
+
+    def add_layers(self, c: Llama, key: jax.Array, block: type[LlamaBlock]) -> None:
+        """Sets `blocks`."""
+        self.blocks = nn.stack(functools.partial(block, c), key, c.layers)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         return nn.embed(tokens_BT, self.embed_VD)

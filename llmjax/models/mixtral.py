@@ -77,17 +77,28 @@ class MixtralBlock(LlamaBlock):
     @jax.named_scope("mlp")
     def mlp(self, x_BTD: jax.Array) -> tuple[jax.Array, Sums]:
         c, T = self.c, x_BTD.shape[1]
-        logits_BTE = routers.logits(x_BTD, self.router_DE)
-        if c.router == "softmax":
-            choice = routers.softmax(logits_BTE, c.top_k)
-        else:
-            choice = routers.sigmoid(logits_BTE, self.router_bias_E, c.top_k)
+        logits_BTE = self.router_logits(x_BTD)
+        choice = self.choice(logits_BTE)
         slots = routers.slots(c.capacity, T, c.top_k, c.experts) if c.capacity else T
         keep_BTJ = routers.within(choice.chosen_BTJ, c.experts, slots) if c.capacity else None
-        y_BTD = moe.experts(x_BTD, choice, keep_BTJ, slots, (self.gate_EDF, self.up_EDF, self.down_EFD))
+        y_BTD = self.experts(x_BTD, choice, keep_BTJ, slots)
         if c.shared:
             y_BTD += swiglu(x_BTD, self.shared_gate_DF, self.shared_up_DF, self.shared_down_FD)
         return y_BTD, routers.sums(logits_BTE, choice, keep_BTJ)
+
+    def router_logits(self, x_BTD: jax.Array) -> jax.Array:
+        """How much a token favours each expert, [B, T, E]."""
+        return routers.logits(x_BTD, self.router_DE)
+
+    def choice(self, logits_BTE: jax.Array) -> routers.Choice:
+        """The experts that every token goes to."""
+        if self.c.router == "softmax":
+            return routers.softmax(logits_BTE, self.c.top_k)
+        return routers.sigmoid(logits_BTE, self.router_bias_E, self.c.top_k)
+
+    def experts(self, x_BTD: jax.Array, choice: routers.Choice, keep_BTJ: jax.Array | None, slots: int) -> jax.Array:
+        """What they make of it; see `moe.experts`."""
+        return moe.experts(x_BTD, choice, keep_BTJ, slots, (self.gate_EDF, self.up_EDF, self.down_EFD))
 
 
 class MixtralModel(LlamaModel):

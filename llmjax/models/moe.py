@@ -5,6 +5,7 @@ J counts the experts that a token chooses, I the tokens on one device, M the row
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,23 @@ from llmjax.models.routers import Choice, hits
 SLACK = 1.25  # a round of the dropless dispatch takes so many times what evenly loaded devices would get
 
 
+Gated = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) · up (arXiv:2002.05202)."""
+    return jax.nn.silu(gate) * up
+
+
+def mean_bias(choice: Choice, keep_BTJ: jax.Array | None, bias_ED: nnx.Param) -> jax.Array:
+    """Σ_j share_j · bias_j over the experts that each token chose, [B, T, D]: what biases of down products add."""
+    share_BTJ = choice.share_BTJ if keep_BTJ is None else jnp.where(keep_BTJ, choice.share_BTJ, 0)
+    one_BTJE = jax.nn.one_hot(choice.chosen_BTJ, choice.score_BTE.shape[-1])
+    share_BTE, whole_ED = jnp.sum(one_BTJE * share_BTJ[..., None], 2), jax.reshard(bias_ED[...], P(None, None))
+    y_BTD = jnp.einsum("BTE,ED->BTD", share_BTE, whole_ED, out_sharding=nn.how().layout.gathered("BTD"))
+    return jax.reshard(y_BTD, nn.how().layout.activation("BTD")).astype(nn.how().activations)
+
+
 @jax.named_scope("experts")
 def experts(
     x_BTD: jax.Array,
@@ -26,12 +44,16 @@ def experts(
     keep_BTJ: jax.Array | None,
     slots: int,
     weights: tuple[nnx.Param, nnx.Param, nnx.Param],
+    biases: tuple[nnx.Param, ...] = (),
+    gated: Gated = swiglu,
 ) -> jax.Array:
     """Σ_j share_j · down_j(silu(gate_j x) · up_j x) over the experts that each token chose, [B, T, D].
 
-    `weights` are gate_EDF, up_EDF and down_EFD. Choices that `keep_BTJ` leaves out add nothing; then at most `slots`
-    tokens of a sequence go to one expert, and experts multiply buffers of that size (arXiv:2006.16668). Where it is
-    None none is dropped, and experts multiply as many rows as chose them (`jax.lax.ragged_dot`, arXiv:2211.15841).
+    `weights` are gate_EDF, up_EDF and down_EFD; `biases` are none, or gate_bias_EF and up_bias_EF; `gated` is what
+    stands between the products in place of silu(gate) · up. Choices that `keep_BTJ` leaves out add nothing; then at
+    most `slots` tokens of a sequence go to one expert, and experts multiply buffers of that size (arXiv:2006.16668).
+    Where it is None none is dropped, and experts multiply as many rows as chose them (`jax.lax.ragged_dot`,
+    arXiv:2211.15841).
 
     Where experts are cut over mesh axes of n devices in all, tokens travel there and back by all-to-all. Bytes that a
     device sends each way: E·C·D·(n-1)/n per sequence with slots; else SLACK·I·J·D·(n-1)/n per round, in one round
@@ -39,22 +61,23 @@ def experts(
     """
     # What the layout says is asked here, as JAX traces backward passes where another one may be in force.
     (B, T), way, stored = nn.how().layout.gathered("BT"), _way(), nn.how().layout.at_rest
-    places = P(B, T), P(B, axes_of(T) + way.pieces), (stored("EDF"), stored("EDF"), stored("EFD"))
-    call = functools.partial(_over_mesh, way, places, choice.score_BTE.shape[-1], slots)
+    dims = ("EDF", "EDF", "EFD", *(["EF"] * len(biases)))
+    places = P(B, T), P(B, axes_of(T) + way.pieces), tuple(map(stored, dims))
+    call = functools.partial(_over_mesh, way, gated, places, choice.score_BTE.shape[-1], slots)
     # Inside another manual region, such as a stage's, JAX cannot pass what a nested one saves to the backward pass: it
     # asks for the outer axis as well. There the backward pass computes the region again.
     call = _computed_twice(call) if jax.sharding.get_abstract_mesh().manual_axes else call
     # A shard_map takes no weight whose gradient is to stay open (nn.open_sums): these are summed by every microbatch.
-    closed = (nn.at_rest(weight, dims) for weight, dims in zip(weights, ("EDF", "EDF", "EFD"), strict=True))
+    closed = (nn.at_rest(*each) for each in zip((*weights, *biases), dims, strict=True))
     y_BTD = call((choice.chosen_BTJ, keep_BTJ), (x_BTD, choice.share_BTJ, *closed))
     return jax.reshard(y_BTD, nn.how().layout.activation("BTD"))
 
 
-def _over_mesh(way, places, experts, slots, where, values, backwards=None):
+def _over_mesh(way, gated, places, experts, slots, where, values, backwards=None):
     """Runs `_on_device`, or, where `backwards` is the cotangent of its result, its vector-Jacobian product."""
     token, result, weights = places
     places = (token, token, *weights)
-    call = functools.partial(_on_device, way, experts, slots)
+    call = functools.partial(_on_device, way, gated, experts, slots)
     # Manual over every axis, also those that cut nothing here: jax 0.12 takes no psum_scatter beside explicit axes.
     mesh = jax.sharding.get_abstract_mesh()
     region = functools.partial(jax.shard_map, axis_names={*mesh.axis_names} - {*mesh.manual_axes})
@@ -108,13 +131,15 @@ def _way() -> _Way:
     )
 
 
-def _on_device(way, experts, slots, where, values):
-    (chosen_BTJ, keep_BTJ), (x_BTD, share_BTJ, gate_EDF, up_EDF, down_EFD) = where, values
+def _on_device(way, gated, experts, slots, where, values):
+    (chosen_BTJ, keep_BTJ), (x_BTD, share_BTJ, gate_EDF, up_EDF, down_EFD, *biases) = where, values
     x_BTD, share_BTJ = jax.lax.pcast((x_BTD, share_BTJ), way.hidden, to="varying")
 
     def mlp(x, sizes_E):
         gate, up = (_product(way, "EDF", x, weight, sizes_E) for weight in (gate_EDF, up_EDF))
-        return _product(way, "EFD", jax.nn.silu(gate) * up, down_EFD, sizes_E)
+        if biases:
+            gate, up = (x + _of_rows(way, b, x, sizes_E) for x, b in zip((gate, up), biases, strict=True))
+        return _product(way, "EFD", gated(gate, up), down_EFD, sizes_E)
 
     if keep_BTJ is not None:
         y_ID = _in_slots(way, mlp, experts, slots, x_BTD, chosen_BTJ, share_BTJ, keep_BTJ)
@@ -127,6 +152,14 @@ def _on_device(way, experts, slots, where, values):
         y_BTD = jax.lax.psum_scatter(y_BTD, way.pieces, scatter_dimension=1, tiled=True)
     summed = tuple(axis for axis in way.hidden if axis not in way.pieces)
     return jax.lax.psum(y_BTD, summed) if summed else y_BTD
+
+
+def _of_rows(way, bias_EF, x, sizes_E):
+    """The bias of every row's expert; of padding, that of the last one."""
+    bias_EF = _gather(way, "EF", bias_EF).astype(x.dtype)
+    if sizes_E is None:
+        return bias_EF[:, None]
+    return bias_EF[jnp.repeat(jnp.arange(len(bias_EF)), sizes_E, total_repeat_length=len(x))]
 
 
 def _flat(x_BTZ):

@@ -367,11 +367,12 @@ def embed(tokens_BT: jax.Array, table_VD: nnx.Param) -> jax.Array:
     return jax.reshard(found_BTD, how().layout.activation("BTD"))
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, epsilon: float) -> jax.Array:
-    """x / rms(x) * scale, in float32 (arXiv:1910.07467)."""
-    x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon)
-    return (x * _whole(scale_D)[None, None]).astype(x_BTD.dtype)
+def rms_norm(x: jax.Array, scale: nnx.Param, epsilon: float, dims: str = "D", plus: float = 0.0) -> jax.Array:
+    """x / rms(x) * (plus + scale), in float32, over the last dims of x, those of the scale (arXiv:1910.07467)."""
+    over, norm = tuple(range(-len(dims), 0)), x.astype(jnp.float32)
+    norm = norm * jax.lax.rsqrt(jnp.mean(norm * norm, over, keepdims=True) + epsilon)
+    scale = jnp.expand_dims(vector(scale, dims), tuple(range(x.ndim - len(dims))))
+    return (norm * (scale + plus if plus else scale)).astype(x.dtype)
 
 
 def layer_norm(x_BTD: jax.Array, scale_D: nnx.Param, bias_D: nnx.Param, epsilon: float) -> jax.Array:
@@ -379,11 +380,12 @@ def layer_norm(x_BTD: jax.Array, scale_D: nnx.Param, bias_D: nnx.Param, epsilon:
     x = x_BTD.astype(jnp.float32)
     x = x - jnp.mean(x, -1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon)
-    return (x * _whole(scale_D)[None, None] + _whole(bias_D)[None, None]).astype(x_BTD.dtype)
+    return (x * vector(scale_D, "D")[None, None] + vector(bias_D, "D")[None, None]).astype(x_BTD.dtype)
 
 
-def _whole(weight_D: nnx.Param) -> jax.Array:
-    return jax.reshard(weight_D[...], how().layout.in_use("D"))
+def vector(weight: nnx.Param, dims: str) -> jax.Array:
+    """A scale, a bias or the like in float32, where it is used."""
+    return jax.reshard(weight[...], how().layout.in_use(dims))
 
 
 class Decoder(Protocol):
@@ -394,7 +396,9 @@ class Decoder(Protocol):
     """
 
     blocks: nnx.Module
-    "The layers, every parameter with a leading L."
+    "The layers, every parameter with a leading L; an nnx.List where layers of several kinds take turns, see `turn`."
+    first: nnx.Module | None
+    "Layers before them that are unlike them or fit no turn, in the same form; a model without them lacks the name."
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """The residual stream before the first layer, [B, T, D]."""
@@ -420,13 +424,24 @@ def stream(
     model: Decoder, tokens_BT: jax.Array, segments_BT: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
     """(the stream [B, T, D] after the last layer, what the layers counted, each with a leading L)."""
-    return scan(model.blocks, model.embed(tokens_BT), segments_BT, model.layer)
+    return scan(model.blocks, embedded(model, tokens_BT, segments_BT), segments_BT, model.layer)
 
 
-def stack(block: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int) -> nnx.Module:
-    """`layers` blocks as one, every parameter with a leading L; with stages, each makes its own and no other."""
+def embedded(model: Decoder, tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """The stream [B, T, D] before `model.blocks`. Layers that come first are run by every stage, and count nothing."""
+    x_BTD, first = model.embed(tokens_BT), getattr(model, "first", None)
+    return x_BTD if first is None else layers(model.layer, first, x_BTD, segments_BT)[0]
+
+
+def stack(
+    block: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int, everywhere: bool = False
+) -> nnx.Module:
+    """`layers` blocks as one, every parameter with a leading L.
+
+    With stages, each makes its own and no other, but all of them where every stage is to have them `everywhere`.
+    """
     keys = jax.random.split(key, layers)
-    if stages() == 1:
+    if stages() == 1 or everywhere:
         return jax.vmap(block)(keys)
     place = jax.P(pipeline.STAGE)
     own = jax.shard_map(jax.vmap(block), in_specs=place, out_specs=place, axis_names={pipeline.STAGE})
@@ -453,12 +468,28 @@ def scan(
 def layers(layer: Callable, blocks: nnx.Module, x_BTD: jax.Array, segments_BT: jax.Array | None):
     """Runs stacked blocks one after another, as `scan` without stages."""
 
-    def turn(x_BTD, block):
+    def one(block, x_BTD, segments_BT):
         return layer(block, checkpoint_name(x_BTD, STREAM) if how().offload else x_BTD, segments_BT)
 
     if how().remat != "none":
-        turn = jax.checkpoint(turn, policy=_policy(KEPT[how().remat]))
-    return jax.lax.scan(turn, x_BTD, blocks, unroll=how().unroll)
+        one = jax.checkpoint(one, policy=_policy(KEPT[how().remat]))
+    kinds, length = len(blocks) if isinstance(blocks, nnx.List) else 1, len(jax.tree.leaves(blocks)[0])
+    unroll = min(how().unroll, length)
+    x_BTD, counted = jax.lax.scan(lambda x, block: turn(one, block, x, segments_BT), x_BTD, blocks, unroll=unroll)
+    if kinds > 1:
+        counted = jax.tree.map(lambda x: x.reshape(length * kinds, *x.shape[2:]), counted)
+    return x_BTD, counted
+
+
+def turn(layer: Callable, blocks: nnx.Module, x_BTD: jax.Array, segments_BT: jax.Array | None):
+    """One turn of the loop over layers: one block or, of an nnx.List, each in its turn; what they count is stacked."""
+    if not isinstance(blocks, nnx.List):
+        return layer(blocks, x_BTD, segments_BT)
+    counted = []
+    for block in blocks:
+        x_BTD, sums = layer(block, x_BTD, segments_BT)
+        counted.append(sums)
+    return x_BTD, jax.tree.map(lambda *each: jnp.stack(each), *counted)
 
 
 def _policy(names: tuple[str, ...]) -> Callable:

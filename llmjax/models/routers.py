@@ -34,23 +34,47 @@ def logits(x_BTD: jax.Array, router_DE: nnx.Param) -> jax.Array:
     )
 
 
-def softmax(logits_BTE: jax.Array, top_k: int) -> Choice:
-    """The `top_k` largest logits, weighed by a softmax over them alone (Mixtral, arXiv:2401.04088)."""
-    chosen_BTJ = highest(logits_BTE, top_k)
+def softmax(logits_BTE: jax.Array, top_k: int, normalised: bool = True) -> Choice:
+    """The `top_k` largest logits, weighed by a softmax over them alone (Mixtral, arXiv:2401.04088).
+
+    Not normalised, their weights are those of a softmax over all experts (Switch, arXiv:2101.03961).
+    """
+    chosen_BTJ, score_BTE = highest(logits_BTE, top_k), jax.nn.softmax(logits_BTE)
+    if not normalised:
+        return Choice(score_BTE, jnp.take_along_axis(score_BTE, chosen_BTJ, -1), chosen_BTJ)
     highest_BTJ = jnp.take_along_axis(logits_BTE, chosen_BTJ, -1)
-    return Choice(jax.nn.softmax(logits_BTE), jax.nn.softmax(highest_BTJ), chosen_BTJ)
+    return Choice(score_BTE, jax.nn.softmax(highest_BTJ), chosen_BTJ)
 
 
-def sigmoid(logits_BTE: jax.Array, bias_E: nnx.Param, top_k: int) -> Choice:
+def sigmoid(
+    logits_BTE: jax.Array,
+    bias_E: nnx.Param,
+    top_k: int,
+    groups: int = 1,
+    top_groups: int = 1,
+    normalised: bool = True,
+) -> Choice:
     """Sigmoid scores, to which a bias is added for choosing only (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
 
-    The weights are the scores of the chosen over their sum. The bias has no gradient: `rebalanced` moves it.
+    The weights are the scores of the chosen, over their sum if normalised. The bias has no gradient: `rebalanced` moves
+    it. With `groups` of neighbours, experts are chosen from the `top_groups` whose two best are best.
     """
     score_BTE = jax.nn.sigmoid(logits_BTE)
     bias_E = jax.lax.stop_gradient(jax.reshard(bias_E[...], P(None)))
-    chosen_BTJ = highest(score_BTE + bias_E[None, None], top_k)
+    favour_BTE = score_BTE + bias_E[None, None]
+    if groups > 1:
+        favour_BTE = jnp.where(_in_best(favour_BTE, groups, top_groups), favour_BTE, -jnp.inf)
+    chosen_BTJ = highest(favour_BTE, top_k)
     share_BTJ = jnp.take_along_axis(score_BTE, chosen_BTJ, -1)
-    return Choice(_normalised(score_BTE), _normalised(share_BTJ), chosen_BTJ)
+    return Choice(_normalised(score_BTE), _normalised(share_BTJ) if normalised else share_BTJ, chosen_BTJ)
+
+
+def _in_best(favour_BTE, groups, top_groups):
+    """Which experts are in the groups whose two best are best, [B, T, E]."""
+    B, T, E = favour_BTE.shape
+    of_groups = jax.lax.stop_gradient(favour_BTE).reshape(B, T, groups, E // groups)
+    best = highest(jnp.sum(-jnp.sort(-of_groups, -1)[..., :2], -1), top_groups)
+    return jnp.repeat(hits(best, groups) > 0, E // groups, -1)
 
 
 def highest(score_BTE: jax.Array, top_k: int) -> jax.Array:

@@ -11,12 +11,12 @@ class Matrix:
     """A weight that tokens are multiplied by, or several alike."""
 
     dims: str
-    count: int = 1
-    "How many there are, in each layer if they are a layer's."
+    count: float = 1
+    "How many there are, in each layer if they are a layer's: a mean, where some layers have others."
     share: float = 1
     "The part of it that one token meets: of 8 experts of whom each token goes to 2, a quarter; of a table, nothing."
 
-    def size(self, sizes: Mapping[str, int]) -> int:
+    def size(self, sizes: Mapping[str, int]) -> float:
         """Numbers in all of them."""
         return self.count * math.prod(sizes[d] for d in self.dims)
 
@@ -25,10 +25,37 @@ Matrices = Mapping[str, tuple[Matrix, ...]]  # of one layer: attention, mlp; of 
 LAYER = ("attention", "mlp")
 
 
+def turns(model: Any) -> int:
+    """Turns of the loop over layers, which are what stages share: fewer than layers where kinds of them take turns."""
+    return getattr(model, "turns", getattr(model, "layers", 1))
+
+
+def windows(model: Any) -> tuple[int, ...]:
+    """How far each layer looks back, 0 for all the way: kinds take turns, and layers that fit no turn come first."""
+    kinds = model.windows() if hasattr(model, "windows") else (0,)
+    ahead = model.layers % len(kinds)
+    return kinds[len(kinds) - ahead :] + kinds * (model.layers // len(kinds))
+
+
+def seen(model: Any, sequence: int) -> float:
+    """The part of the causal triangle that windows leave, mean over layers."""
+
+    def part(window: int) -> float:
+        return 1 if window == 0 or window >= sequence else window * (2 * sequence - window) / sequence**2
+
+    every = [part(window) for window in windows(model)]
+    return sum(every) / len(every)
+
+
 def flops_per_token(model: Any, sequence: int) -> tuple[float, float]:
-    """Training FLOPs per token, (causal, full): 6 per weight that it meets and 12·L·T·H·K for the whole T² square."""
+    """Training FLOPs per token, (causal, full): 6 per weight that it meets and 12·L·T·H·K for the whole T² square.
+
+    K is the mean of the widths of keys and of values (Y), where these differ.
+
+    Causal ones are those of what windows leave of the triangle.
+    """
     sizes, met = model.sizes(), 0.0
     for module, matrices in model.matrices().items():
         met += (model.layers if module in LAYER else 1) * sum(m.share * m.size(sizes) for m in matrices)
-    square = 12 * model.layers * sequence * sizes["H"] * sizes["K"]
-    return 6 * met + square / 2, 6 * met + square
+    square = 6 * model.layers * sequence * sizes["H"] * (sizes["K"] + sizes.get("Y", sizes["K"]))
+    return 6 * met + square / 2 * seen(model, sequence), 6 * met + square

@@ -70,8 +70,8 @@ def _name(path: Path) -> str:
 
 
 def _side(letters: str) -> int:
-    """How many of the last letters are one side of a matrix: K goes with the heads before it."""
-    return min(len(letters), 2 if letters.endswith("K") else 1)
+    """How many of the last letters are one side of a matrix: K, N and Y, the widths of heads, go with the heads."""
+    return min(len(letters), 2 if letters.endswith(("K", "N", "Y")) else 1)
 
 
 def _last(count: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from llmjax.mesh import AXES, Axes, Chip
 from llmjax.models import blocked, nn
 from llmjax.models.moe import SLACK
 from llmjax.models.pipeline import ticks
-from llmjax.models.shapes import LAYER, Matrix
+from llmjax.models.shapes import LAYER, Matrix, turns
 from llmjax.plan.work import cut
 from llmjax.run import Run
 from llmjax.train import diloco, pieces, program
@@ -110,7 +110,8 @@ def _leaves(model, optimizer, clip, length, layout, local, parameters) -> tuple[
     init = diloco.init if local.every else steps.init
     init = functools.partial(init, program.weights(run), program.transformation(run))
     # A layer's dim names the stages only where there are several.
-    stages = next((n for n in range(2, model.layers + 1) if model.layers % n == 0), 1) if layout.params.get("L") else 1
+    loops = turns(model)
+    stages = next((n for n in range(2, loops + 1) if loops % n == 0), 1) if layout.params.get("L") else 1
     ones = Axes(**{axis: stages if axis == "stage" else 1 for axis in AXES})
     with jax.sharding.use_abstract_mesh(meshes.abstract_mesh(ones)), nn.compute(nn.Compute(layout)):
         made = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))

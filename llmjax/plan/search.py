@@ -17,6 +17,7 @@ from llmjax.checks import check
 from llmjax.errors import Refused
 from llmjax.layout import Layout, Pipeline
 from llmjax.mesh import Axes, Cluster
+from llmjax.models.shapes import turns
 from llmjax.plan import memory
 from llmjax.plan.estimate import Estimate, estimate, fits, plannable, timed
 from llmjax.run import Remat, Run
@@ -68,7 +69,7 @@ def shapes(run: Run, cluster: Cluster) -> Iterator[Axes]:
         return [n for n in range(1, size + 1) if size % n == 0 and all(each % n == 0 for each in of)]
 
     tensors = [letters[d] for d in "HGFV" if d in letters]
-    for stage in by(cluster.chips // cluster.slices, run.model.layers):
+    for stage in by(cluster.chips // cluster.slices, turns(run.model)):
         left = cluster.chips // cluster.slices // stage
         for tensor in (n for n in by(left, *tensors) if n <= TENSOR):
             for context in by(left // tensor, run.sequence):

@@ -11,7 +11,7 @@ from llmjax.layout import Layout, axes_of, ways
 from llmjax.mesh import AXES, Axes
 from llmjax.models.kernels import OWN
 from llmjax.models.quantized import TYPES
-from llmjax.models.shapes import LAYER, Matrix
+from llmjax.models.shapes import LAYER, Matrix, seen
 from llmjax.run import Run
 from llmjax.train.program import kernel
 
@@ -155,7 +155,7 @@ def count(run: Run, sizes: Axes, accumulate: int, method: Method = Method()) -> 
         products[module] = flops * (layers if module in LAYER else 1)
     heads = letters["H"] / ways(inner.get("H"), sizes)
     square = tokens * run.sequence * heads * layers * (0.5 if fused else _seen(ways(inner.get("S"), sizes)))
-    forward = 4 * square * method.window * letters["K"]
+    forward = 4 * square * method.window * letters["K"] * (seen(model, run.sequence) if fused else 1)
     attention = forward * (1 + 2.5 + again.scores)
 
     traffic = _traffic(run, sizes, tokens, layers, again, method)

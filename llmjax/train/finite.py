@@ -52,11 +52,11 @@ def _forward(model: Any, batch: Any, loss: steps.Loss) -> list[Iterator[str]]:
 
 def _layers(model: nn.Decoder, batch: Any) -> dict[str, jax.Array]:
     """Of the embedding, each layer [L] and the head: whether all that it gives is finite."""
-    x_BTD = model.embed(batch["tokens"])
+    x_BTD = nn.embedded(model, batch["tokens"], batch.get("segments"))
     embedded = jnp.all(jnp.isfinite(x_BTD))
 
     def turn(x_BTD, block):
-        x_BTD, _ = model.layer(block, x_BTD, batch.get("segments"))
+        x_BTD, _ = nn.turn(model.layer, block, x_BTD, batch.get("segments"))
         return x_BTD, jnp.all(jnp.isfinite(x_BTD))
 
     x_BTD, finite_L = jax.lax.scan(turn, x_BTD, model.blocks)

@@ -30,7 +30,8 @@ GATHERED_MEANWHILE = {
     "xla_tpu_megacore_fusion_allow_ags": False,
 }
 # What a loop over the tiles of a product may hold in a core's vector memory, in KiB: half of a v5p's 64 MiB. By the
-# compiler's cycles the products of Llama 3 8B then take 0.88 of the time; with all of it 0.87, compiled in twice the time.
+# compiler's cycles the products of Llama 3 8B then take 0.88 of the time; with all of it 0.87, and twice as long to
+# compile. (maxtext sets it for v6e)
 TILES = {"xla_tpu_scoped_vmem_limit_kib": 32 * 1024}
 # Transfers move to where they can run beside kernels. (NVIDIA/JAX-Toolbox, the flags of its images)
 GPU = {"xla_gpu_enable_latency_hiding_scheduler": True}

@@ -66,7 +66,7 @@ def _on_stage(loss, N, own, ends, blocks, batch_N):
         return jax.tree.map(lambda x: x[n], batch_N)
 
     def embed(n, ends):
-        return ends.embed(batch(n)["tokens"])
+        return nn.embedded(ends, batch(n)["tokens"], batch(n).get("segments"))
 
     def layers(n, blocks, x_BTD):
         x_BTD, counted = nn.layers(ends.layer, blocks, x_BTD, batch(n).get("segments"))

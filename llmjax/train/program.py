@@ -40,6 +40,7 @@ class Program:
     compute: nn.Compute
     accumulate: int
     init: Callable[[jax.Array], steps.State]
+    begin: Callable[[nnx.Module], steps.State]
     step: Callable[[steps.State, Any], tuple[steps.State, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
     pass_over: Callable[[steps.State], steps.State]
@@ -124,12 +125,12 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         apart=chip.platform == "tpu",
     )
     tx = transformation(run)
-    init = functools.partial(steps.init, weights(run), tx)
+    state_of = steps.init
     step = functools.partial(
         steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas, point=getattr(run.optimizer, "point", None)
     )
     if run.local.every:
-        init = functools.partial(diloco.init, weights(run), tx)
+        state_of = diloco.init
         step = functools.partial(diloco.train_step, loss=run.loss, tx=tx, how=run.local, last=run.steps)
     compiler_options = flags.known(flags.options(chip), mesh) if isinstance(mesh, Mesh) else {}
     flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None
@@ -138,7 +139,8 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         mesh=mesh,
         compute=compute,
         accumulate=accumulate,
-        init=jax.jit(init, compiler_options=ONCE if on_cpu else None),
+        init=jax.jit(functools.partial(state_of, weights(run), tx), compiler_options=ONCE if on_cpu else None),
+        begin=jax.jit(lambda model: state_of(lambda _: stored(run, model), tx, jax.random.key(0)), donate_argnums=0),
         step=jax.jit(step, donate_argnums=0, compiler_options=compiler_options or None),
         evaluate=jax.jit(functools.partial(steps.eval_step, loss=getattr(run.loss, "held_out", run.loss))),
         pass_over=jax.jit(steps.passed_over, donate_argnums=0),
@@ -165,8 +167,10 @@ def kernel(run: Run, axes: Axes, chip: Chip) -> tuple[str, str]:
     if ways(run.layout.inner.get("S"), axes) > 1:
         return "ring", ""
     ways_T = ways(run.layout.inner.get("T"), axes)
-    bfloat16 = in_bfloat16(run, chip.platform)
-    shapes = dict(positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=bfloat16)
+    shapes = dict(
+        positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=in_bfloat16(run, chip.platform),
+        cap=getattr(run.model, "cap", 0.0), sinks=getattr(run.model, "sinks", False),
+    )  # fmt: skip
     if run.attention != "auto":
         return run.attention, kernels.lacks(run.attention, chip.platform, **shapes)
     own = kernels.OWN.get(chip.platform)
@@ -195,8 +199,12 @@ def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
 def weights(run: Run) -> Callable[[jax.Array], nnx.Module]:
     """What makes the model that training begins with from a key, as it is stored."""
     start = getattr(run.optimizer, "start", lambda model: model)
-    stored = parameters.stored if run.parameters == "bfloat16" else lambda model: model
-    return lambda key: stored(start(run.model.init(key)))
+    return lambda key: stored(run, start(run.model.init(key)))
+
+
+def stored(run: Run, model: nnx.Module) -> nnx.Module:
+    """The model with its parameters in the precision that they are kept in between steps."""
+    return parameters.stored(model) if run.parameters == "bfloat16" else model
 
 
 def transformation(run: Run) -> optax.GradientTransformation:

@@ -1,13 +1,17 @@
 """Where a run goes on: the newest checkpoint that verifies, and the records cut back to it."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from llmjax.checkpoint.checkpoints import Checkpoints, like
 from llmjax.errors import DATA, Refused
+from llmjax.interop import folder as interop
 from llmjax.run import Run, differences, fingerprint
+from llmjax.run import read as read_run
 from llmjax.train.ledger import Ledger
 from llmjax.train.loop import decisive
 from llmjax.train.program import Program
@@ -15,7 +19,8 @@ from llmjax.train.records import read
 from llmjax.train.step import State, watch
 
 # Fields that came later than checkpoints that hold a run's fingerprint alone, with what was done before.
-LATER = dict(size=0, moments="float32", parameters="float32")
+LATER = dict(size=0, moments="float32", parameters="float32", weights="")
+WEIGHTS = "weights_only"  # what the facts say of a checkpoint that training may begin with, and not go on from
 
 
 def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
@@ -26,7 +31,7 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
             if read(program.run.folder() / "metrics.jsonl"):
                 ledger.display.say(f"{program.run.folder()} has no checkpoint yet: starting again from step 0.")
             redo(ledger, 0)
-        return program.init(jax.random.key(program.run.seed)), 0
+        return begun(program, ledger.display.say), 0
     facts = ledger.checkpoints.facts(step)
     if facts.get("data") not in (None, dataset.fingerprint):
         if not program.run.accept_data:
@@ -60,10 +65,54 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
     return state, step
 
 
+def begun(program: Program, say: Callable[[str], None] = print) -> State:
+    """The state before step 1: fresh weights, or those that the run says.
+
+    Raises:
+      Refused: there are none, or they are of another model.
+    """
+    run = program.run
+    if not run.weights:
+        return program.init(jax.random.key(run.seed))
+    source = Path(run.weights)
+    if not (source / "run.json").is_file():
+        found = interop.read(source)
+        _same_family(run, found.model)
+        model = found.load(like(program.abstract_state().model, program.mesh))
+        for note in found.notes:
+            say(note)
+    else:
+        _same_family(run, read_run(source / "run.json").model)
+        with Checkpoints(source / "checkpoints", say=say) as checkpoints:
+            step = checkpoints.newest_verified()
+            if step is None:
+                raise Refused(f"weights is {source}, which has no checkpoint yet: train it first.", DATA)
+            model = read_weights(program, checkpoints, step)
+    say(f"Beginning with the weights of {source}.")
+    return program.begin(model)
+
+
+def _same_family(run: Run, other: Any) -> None:
+    """Refuses weights that another family would read otherwise; that their shapes fit is seen where they are read."""
+    if type(other) is not type(run.model):
+        raise Refused(
+            f"weights is {run.weights}, of a {type(other).__name__}, and model is a {type(run.model).__name__}: "
+            f"give --from {run.weights}, which takes its model too."
+        )
+
+
+def read_weights(program: Program, checkpoints: Checkpoints, step: int) -> Any:
+    """The model of a checkpoint on the program's mesh, and nothing else of it."""
+    weights = like(program.abstract_state().model, program.mesh)
+    return checkpoints.restore(step, State((), weights, ())).model
+
+
 def read_state(program: Program, checkpoints: Checkpoints, step: int) -> State:
     """The state of a checkpoint on the program's mesh; one that an older version wrote has seen nothing yet."""
-    wanted = program.abstract_state()
-    if not checkpoints.facts(step).get("watched"):
+    wanted, facts = program.abstract_state(), checkpoints.facts(step)
+    if facts.get(WEIGHTS):
+        return program.begin(read_weights(program, checkpoints, step))
+    if not facts.get("watched"):
         wanted = dataclasses.replace(wanted, watch=None)
     state = checkpoints.restore(step, like(wanted, program.mesh))
     if state.watch is None and not program.run.local.every:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import stdlib_tiny
 from llmjax import layout as layouts
@@ -16,6 +17,7 @@ from llmjax import mesh as meshes
 from llmjax.errors import Refused
 from llmjax.models import blocked, kernels, nn, splash
 from llmjax.models.attention import attention
+from llmjax.models.gemma2 import Gemma2
 from llmjax.plan import topology
 from llmjax.train import program
 from meshes import cpu8, h200, v5p_64
@@ -25,33 +27,38 @@ T = 256
 
 
 @functools.cache
-def attended(kernel: str, layout: str, G: int, window: int, documents: bool, **axes: int) -> list[np.ndarray]:
-    """Attention and its gradients in q, k and v."""
+def attended(
+    kernel: str, layout: str, G: int, window: int, documents: bool, cap: float = 0.0, sinks: bool = False, **axes: int
+) -> list[np.ndarray]:
+    """Attention and its gradients in q, k and v and, where there are, in the sinks."""
     random = np.random.default_rng(0)
     q_BTHK, k_BTGK, v_BTGK, weight_BTHK = (random.normal(size=(2, T, n, 64)).astype(np.float32) for n in (4, G, G, 4))
     segments_BT = np.cumsum(random.random((2, T)) < 0.02, 1).astype(np.int32)
+    sinks_H = random.normal(size=4).astype(np.float32)
     axes = meshes.Axes(**(dict.fromkeys(meshes.AXES, 1) | axes))
     mesh = meshes.device_mesh(axes, jax.devices()[: int(np.prod(axes.sizes()))])
     how = nn.Compute(layout=layouts.preset(layout), attention=kernel, block=128, interpret=True)
 
     @jax.jit
-    def both(q, k, v, weight, segments):
+    def both(q, k, v, sink, weight, segments):
         def put(x, dims):
             return jax.reshard(x, nn.how().layout.gathered(dims))
 
-        def weighed(q, k, v):
-            o = attention(q, k, v, put(segments, "BT") if documents else None, window)
+        def weighed(q, k, v, sink):
+            within = put(segments, "BT") if documents else None
+            o = attention(q, k, v, within, window, cap=cap, sinks_H=nnx.Param(sink) if sinks else None)
             return jnp.sum(o * put(weight, "BTHK")), o
 
-        grads, o = jax.grad(weighed, (0, 1, 2), has_aux=True)(put(q, "BTHK"), put(k, "BTGK"), put(v, "BTGK"))
+        given = put(q, "BTHK"), put(k, "BTGK"), put(v, "BTGK"), put(sink, "H")
+        grads, o = jax.grad(weighed, (0, 1, 2, 3), has_aux=True)(*given)
         return o, *grads
 
     with jax.set_mesh(mesh), nn.compute(how):
-        return [np.asarray(x) for x in both(q_BTHK, k_BTGK, v_BTGK, weight_BTHK, segments_BT)]
+        return [np.asarray(x) for x in both(q_BTHK, k_BTGK, v_BTGK, sinks_H, weight_BTHK, segments_BT)]
 
 
 def same(found, expected):
-    for name, a, b in zip(("result", "dq", "dk", "dv"), found, expected, strict=True):
+    for name, a, b in zip(("result", "dq", "dk", "dv", "dsinks"), found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
@@ -60,6 +67,59 @@ def same(found, expected):
 @pytest.mark.parametrize("G", [1, 2, 4])
 def test_blocks_give_the_numbers_of_all_scores_at_once(G, window, documents):
     same(attended("blocked", "dp", G, window, documents), attended("reference", "dp", G, window, documents))
+
+
+def plainly(cap: float, sinks: bool, window: int) -> list[np.ndarray]:
+    """What `attended` computes, written out for JAX to differentiate: sinks are one more score, of no value."""
+    random = np.random.default_rng(0)
+    q, k, v, weight = (jnp.asarray(random.normal(size=(2, T, n, 64)), jnp.float32) for n in (4, 2, 2, 4))
+    random.random((2, T))
+    sinks_H = jnp.asarray(random.normal(size=4), jnp.float32)
+
+    def weighed(q, k, v, sinks_H):
+        k, v = (jnp.repeat(x, 2, 2) for x in (k, v))
+        score = jnp.einsum("BTHK,BSHK->BHTS", q, k) / 8
+        score = cap * jnp.tanh(score / cap) if cap else score
+        back = jnp.arange(T)[:, None] - jnp.arange(T)[None]
+        score = jnp.where(((back >= 0) & (back < (window or T)))[None, None], score, -1e30)
+        more = jnp.broadcast_to(sinks_H[None, :, None, None], (2, 4, T, 1)) if sinks else score[..., :0]
+        chance = jax.nn.softmax(jnp.concatenate([score, more], -1))[..., :T]
+        o = jnp.einsum("BHTS,BSHK->BTHK", chance, v)
+        return jnp.sum(o * weight), o
+
+    grads, o = jax.jit(jax.grad(weighed, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks_H)
+    return [np.asarray(x) for x in (o, *grads)]
+
+
+@pytest.mark.parametrize("kernel", ["reference", "blocked", "splash"])
+@pytest.mark.parametrize(("cap", "sinks", "window"), [(0.7, False, 0), (0, True, 0), (0.7, True, 100)])
+def test_capped_scores_and_sinks_are_what_they_say_in_every_kernel_that_takes_them(kernel, cap, sinks, window):
+    given = dict(cap=cap, sinks=sinks)
+    if kernel == "splash" and sinks:
+        with pytest.raises(Refused, match="splash has no attention sinks: use blocked or reference"):
+            attended(kernel, "dp", 2, window, False, **given)
+    else:
+        same(attended(kernel, "dp", 2, window, False, **given), plainly(cap, sinks, window))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "blocked"])
+def test_capped_scores_and_sinks_stay_what_they_are_where_heads_and_positions_are_cut(kernel):
+    given = dict(cap=0.7, sinks=True)
+    cut = attended(kernel, "dp_cp_tp", 2, 0, True, **given, data=2, context=2, tensor=2)
+    same(cut, attended("reference", "dp", 2, 0, True, **given))
+
+
+@pytest.mark.parametrize("kernel", ["blocked", "splash"])
+def test_values_may_be_of_another_width_than_keys(kernel):
+    random = np.random.default_rng(0)
+    given = tuple(jnp.asarray(random.normal(size=(1, T, 2, width)), jnp.float32) for width in (64, 64, 32))
+    mesh, found = meshes.device_mesh(meshes.Axes(*[1] * 6), jax.devices()[:1]), {}
+    for name in ("reference", kernel):
+        how = nn.Compute(attention=name, block=128, interpret=True)
+        with jax.set_mesh(mesh), nn.compute(how):
+            found[name] = jax.jit(jax.grad(lambda *qkv: jnp.sum(jnp.sin(attention(*qkv))), (0, 1, 2)))(*given)
+    for a, b in zip(found[kernel], found["reference"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "blocked"])
@@ -114,6 +174,7 @@ def test_blocks_hold_no_scores_of_the_whole_square():
         ("cudnn", {}, "attention is cudnn, but cudnn runs on GPUs"),
         ("splash", dict(mesh=v5p_64.cluster, sequence=96), "multiples of 128 positions on a device, and there are 96"),
         ("cudnn", dict(mesh=h200.cluster, dtype="float32"), "cudnn takes bfloat16, and products are float32"),
+        ("cudnn", dict(mesh=h200.cluster, model=Gemma2()), "cudnn does not cap scores, and model.cap is 50"),
     ],
 )
 def test_a_kernel_that_cannot_run_here_is_refused_when_asked_for(kernel, changes, said):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
@@ -44,30 +45,35 @@ def test_elsewhere_positions_stay_in_order(layout, context):
 
 
 @functools.cache
-def attended(layout: str, context: int, G: int, documents: bool, **axes: int) -> list[np.ndarray]:
-    """Attention and its gradients in q, k and v, with positions back in their order."""
+def attended(
+    layout: str, context: int, G: int, documents: bool, cap: float = 0.0, sinks: bool = False
+) -> list[np.ndarray]:
+    """Attention and its gradients in q, k, v and the sinks, with positions back in their order."""
     random = np.random.default_rng(0)
     q_BTHK, k_BTGK, v_BTGK, weight_BTHK = (random.normal(size=(2, T, n, 8)).astype(np.float32) for n in (4, G, G, 4))
     segments_BT = np.cumsum(random.random((2, T)) < 0.3, 1).astype(np.int32)
+    sinks_H = random.normal(size=4).astype(np.float32)
     mesh, how = inside(layout, context)
 
     @jax.jit
-    def both(q, k, v, weight, segments):
+    def both(q, k, v, sink, weight, segments):
         order = nn.order(T)
 
         def put(x, dims):
             return x.at[:, order].get(out_sharding=nn.how().layout.gathered(dims))
 
-        def weighed(q, k, v):
-            o = attention(q, k, v, put(segments, "BT") if documents else None)
+        def weighed(q, k, v, sink):
+            within = put(segments, "BT") if documents else None
+            o = attention(q, k, v, within, cap=cap, sinks_H=nnx.Param(sink) if sinks else None)
             return jnp.sum(o * put(weight, "BTHK")), o
 
-        grads, o = jax.grad(weighed, (0, 1, 2), has_aux=True)(put(q, "BTHK"), put(k, "BTGK"), put(v, "BTGK"))
+        given = put(q, "BTHK"), put(k, "BTGK"), put(v, "BTGK"), sink
+        grads, o = jax.grad(weighed, (0, 1, 2, 3), has_aux=True)(*given)
         return o, *grads
 
     with mesh, how:
-        found = both(q_BTHK, k_BTGK, v_BTGK, weight_BTHK, segments_BT)
-        return [np.asarray(x)[:, np.argsort(nn.order(T))] for x in found]
+        *found, dsinks = both(q_BTHK, k_BTGK, v_BTGK, sinks_H, weight_BTHK, segments_BT)
+        return [*(np.asarray(x)[:, np.argsort(nn.order(T))] for x in found), np.asarray(dsinks)]
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
@@ -75,9 +81,20 @@ def attended(layout: str, context: int, G: int, documents: bool, **axes: int) ->
 @pytest.mark.parametrize(("layout", "devices"), [("cp", 4), ("ring", 2), ("ring", 8)])
 def test_attention_and_its_gradients_are_those_of_one_device(layout, devices, G, documents):
     for name, found, expected in zip(
-        ("result", "dq", "dk", "dv"),
+        ("result", "dq", "dk", "dv", "dsinks"),
         attended(layout, devices, G, documents),
         attended("dp", 1, G, documents),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("layout", "devices"), [("cp", 4), ("ring", 4)])
+def test_so_they_are_with_capped_scores_and_sinks(layout, devices):
+    for name, found, expected in zip(
+        ("result", "dq", "dk", "dv", "dsinks"),
+        attended(layout, devices, 2, True, cap=0.7, sinks=True),
+        attended("dp", 1, 2, True, cap=0.7, sinks=True),
         strict=True,
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5, err_msg=name)

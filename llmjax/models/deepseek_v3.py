@@ -1,0 +1,188 @@
+"""DeepSeek-V3: keys and values out of one latent, many small experts, first layers without (arXiv:2412.19437).
+
+Letters of its own: Q and M are the latents of queries and of keys and values; Z is M and the keys' rotary part; K is
+the width of queries and keys, N of keys without that part together with values, Y of values.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.errors import Refused
+from llmjax.models import nn, routers, shapes
+from llmjax.models.attention import attention, rope_angles, rotate
+from llmjax.models.llama import LlamaBlock, LlamaModel
+from llmjax.models.mixtral import Mixtral, MixtralBlock
+from llmjax.models.shapes import Matrix
+
+LATENT_EPSILON = 1e-6  # of the norms of latents, whatever the others have
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepseekV3(Mixtral):
+    """Shape of a DeepSeek-V3 model; `ff` is the width of one expert, and every head has its own key and value.
+
+    Raises:
+      Refused: heads, groups or layers do not fit together.
+    """
+
+    head_dim: int = 192
+    theta: float = 10_000.0
+    epsilon: float = 1e-6
+    shared: int = 1
+    router: Literal["softmax", "sigmoid"] = "sigmoid"
+    rotary: int = 64
+    "Of head_dim, how many at the end carry positions; all keys share theirs."
+    value_dim: int = 128
+    "Width of a value."
+    query_latent: int = 1536
+    "Width of what queries are made of; 0: they are made of the stream."
+    latent: int = 512
+    "Width of what keys and values are made of."
+    dense: int = 1
+    "First layers that have a feed-forward in place of experts."
+    dense_ff: int = 2048
+    "Width of that."
+    groups: int = 1
+    "Groups that the experts are in."
+    top_groups: int = 1
+    "Groups that a token's experts are in."
+    normalised: bool = True
+    "Divide the weights of the chosen experts by their sum."
+    factor: float = 2.5
+    "What the weights of the chosen experts are multiplied by."
+    neighbours: bool = True
+    "Rotate pairs (2k, 2k + 1) in place of (k, k + rotary / 2)."
+    score_weight: float = 0.0
+    "With YaRN, scores are multiplied by the square of its length with this weight; 0: they are not."
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kv_heads != self.heads:
+            raise Refused(f"model.kv_heads is {self.kv_heads}: give {self.heads}, as many as heads.")
+        if self.rotary % 2 or not 0 < self.rotary < self.head_dim:
+            raise Refused(f"model.rotary is {self.rotary}: give an even part of model.head_dim {self.head_dim}.")
+        if not 0 <= self.dense < self.layers:
+            raise Refused(f"model.dense is {self.dense}: give less than the {self.layers} layers.")
+        if self.groups < 1 or self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
+            raise Refused(
+                f"model.groups is {self.groups} and model.top_groups {self.top_groups}: give a divisor of the "
+                f"{self.experts} experts, and not more top_groups than groups."
+            )
+        if self.top_k > self.experts // self.groups * self.top_groups:
+            raise Refused(
+                f"model.top_k is {self.top_k}, more than {self.top_groups} groups have: give more top_groups."
+            )
+
+    @property
+    def turns(self) -> int:
+        """Layers with experts, which stages share."""
+        return self.layers - self.dense
+
+    def sizes(self) -> nn.Sizes:
+        own = dict(Z=self.latent + self.rotary, M=self.latent, N=self.head_dim - self.rotary + self.value_dim)
+        sizes = {**super().sizes(), **own, "Y": self.value_dim}
+        return {**sizes, "Q": self.query_latent} if self.query_latent else sizes
+
+    def init(self, key: jax.Array) -> "DeepseekV3Model":
+        return DeepseekV3Model(self, key, RoutedBlock)
+
+    def matrices(self) -> shapes.Matrices:
+        part, met = self.turns / self.layers, self.top_k / self.experts
+        queries = (Matrix("DQ"), Matrix("QHK")) if self.query_latent else (Matrix("DHK"),)
+        wide = part * self.shared + (1 - part) * self.dense_ff / self.ff  # feed-forwards of an expert's width
+        routed = Matrix("DE", part), Matrix("EDF", 2 * part, met), Matrix("EFD", part, met)
+        return {
+            **super().matrices(),
+            "attention": (*queries, Matrix("DZ"), Matrix("MHN"), Matrix("HYD")),
+            "mlp": (*routed, Matrix("DF", 2 * wide), Matrix("FD", wide)),
+        }
+
+
+class LatentBlock(LlamaBlock):
+    """Multi-head latent attention (arXiv:2405.04434, section 2.1)."""
+
+    def heads(self, keys: jax.Array, sizes: nn.Sizes, into: float, out: float) -> None:
+        c, more = self.c, jax.random.split(keys[0])
+        if c.query_latent:
+            self.query_down_DQ = nn.normal(more[0], "DQ", sizes, into)
+            self.query_latent_scale_Q = nn.full(1, "Q", sizes)
+            self.query_QHK = nn.normal(more[1], "QHK", sizes, c.query_latent**-0.5)
+        else:
+            self.query_DHK = nn.normal(more[1], "DHK", sizes, into)
+        self.latent_DZ = nn.normal(keys[1], "DZ", sizes, into)
+        self.latent_scale_M = nn.full(1, "M", sizes)
+        self.key_value_MHN = nn.normal(keys[2], "MHN", sizes, c.latent**-0.5)
+        self.out_HYD = nn.normal(keys[3], "HYD", sizes, out * (c.heads * c.value_dim) ** -0.5)
+
+    @jax.named_scope("attention")
+    def attention(self, x_BTD, segments_BT):
+        q_BTHK, k_BTHK, v_BTHY = self.queries_keys_values(x_BTD)
+        return nn.project("BTHY,HYD->BTD", attention(q_BTHK, k_BTHK, v_BTHY, segments_BT), self.out_HYD)
+
+    def queries_keys_values(self, x_BTD):
+        """(queries, keys, values), at their positions."""
+        c, plain = self.c, self.c.head_dim - self.c.rotary
+        if c.query_latent:
+            subscripts, weights = ("BTD,DQ->BTQ", "BTD,DZ->BTZ"), (self.query_down_DQ, self.latent_DZ)
+            q_BTQ, z_BTZ = nn.project_all(subscripts, x_BTD, *weights)
+            q_BTQ = nn.rms_norm(q_BTQ, self.query_latent_scale_Q, LATENT_EPSILON, "Q")
+            q_BTHK = nn.project("BTQ,QHK->BTHK", q_BTQ, self.query_QHK)
+        else:
+            subscripts = "BTD,DHK->BTHK", "BTD,DZ->BTZ"
+            q_BTHK, z_BTZ = nn.project_all(subscripts, x_BTD, self.query_DHK, self.latent_DZ)
+        kv_BTM, far_BTK = jnp.split(z_BTZ, [c.latent], -1)
+        kv_BTM = nn.rms_norm(kv_BTM, self.latent_scale_M, LATENT_EPSILON, "M")
+        near_BTHK, v_BTHY = jnp.split(nn.project("BTM,MHN->BTHN", kv_BTM, self.key_value_MHN), [plain], -1)
+        far_BTHK = self.at_positions(far_BTK[:, :, None])
+        place = nn.how().layout.gathered("BTHK")
+        far_BTHK = jnp.broadcast_to(far_BTHK, (*near_BTHK.shape[:3], c.rotary), out_sharding=place)
+        own_BTHK, turned_BTHK = jnp.split(q_BTHK * self.sharpness(), [plain], -1)
+        q_BTHK = jnp.concatenate([own_BTHK, self.at_positions(turned_BTHK)], -1)
+        return q_BTHK, jnp.concatenate([near_BTHK, far_BTHK], -1), v_BTHY
+
+    def at_positions(self, x_BTHK: jax.Array) -> jax.Array:
+        """The rotary part of queries or keys, turned."""
+        c = self.c
+        if c.neighbours:
+            x_BTHK = jnp.concatenate([x_BTHK[..., 0::2], x_BTHK[..., 1::2]], -1)
+        angles_TK = rope_angles(nn.positions(x_BTHK.shape[1]), c.rotary, c.theta, c.scaling)
+        return rotate(x_BTHK, angles_TK, getattr(c.scaling, "stretch", 1.0))
+
+    def sharpness(self) -> float:
+        """What scores are multiplied by."""
+        return self.c.scaling.weighted(self.c.score_weight) ** 2 if self.c.score_weight and self.c.scaling else 1.0
+
+
+class DenseBlock(LatentBlock):
+    """One of the first layers, with one wide feed-forward."""
+
+    def feed_forward(self, keys: jax.Array, sizes: nn.Sizes, into: float, out: float) -> None:
+        narrower = (self.c.ff / self.c.dense_ff) ** 0.5
+        super().feed_forward(keys, {**sizes, "F": self.c.dense_ff}, into, out * narrower)
+
+
+class RoutedBlock(LatentBlock, MixtralBlock):
+    """A layer with experts."""
+
+    def choice(self, logits_BTE: jax.Array) -> routers.Choice:
+        c = self.c
+        if c.router == "softmax":
+            choice = routers.softmax(logits_BTE, c.top_k, c.normalised)
+        else:
+            bias_E = self.router_bias_E
+            choice = routers.sigmoid(logits_BTE, bias_E, c.top_k, c.groups, c.top_groups, c.normalised)
+        return choice._replace(share_BTJ=choice.share_BTJ * c.factor)
+
+
+class DeepseekV3Model(LlamaModel):
+    """`tokens_BT -> logits_BTV`; see `nn.Decoder`. Its layers with experts count what `routers.sums` names."""
+
+    def add_layers(self, c: DeepseekV3, key: jax.Array, block: type[RoutedBlock]) -> None:
+        before, own = jax.random.split(key)
+        if c.dense:
+            self.first = nn.stack(functools.partial(DenseBlock, c), before, c.dense, everywhere=True)
+        self.blocks = nn.stack(functools.partial(block, c), own, c.layers - c.dense)
