@@ -105,10 +105,13 @@ def test_weights_of_another_family_are_refused(shell, checkpoint):
     assert f"of a GPT2, and model is a Llama: give --from {FIXTURES / 'gpt2'}" in out
 
 
-def test_a_run_that_was_trained_here_goes_out_with_what_others_need(shell, tmp_path):
+@pytest.mark.parametrize("parameters", ["float32", "bfloat16"])
+def test_a_run_that_was_trained_here_goes_out_with_what_others_need(parameters, shell, tmp_path):
     small = "--model.layers 2 --model.width 32 --model.heads 2 --model.kv-heads 1 --model.head-dim 16 --model.ff 48"
-    shell(f"train stdlib_tiny --name own --data.path text --data.tokenizer.vocab 300 {SHORT} {small}")
-    shell("export own out --mesh cpu8")
+    small += f" --parameters {parameters} --data.tokenizer.vocab 300"
+    shell(f"train stdlib_tiny --name own --data.path text {SHORT} {small}")
+    assert "float32" in shell("export own out --mesh cpu8")
+    shell(f"train stdlib_tiny --from out --name again --data.path text {SHORT} --parameters {parameters}")
     found = folder.read(tmp_path / "out")
     assert found.model == read(tmp_path / "runs/own/run.json").model
     names = {path.name for path in (tmp_path / "out").iterdir()}
