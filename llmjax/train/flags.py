@@ -29,13 +29,26 @@ GATHERED_MEANWHILE = {
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_tpu_megacore_fusion_allow_ags": False,
 }
-# What a loop over the tiles of a product may hold in a core's vector memory, in KiB: half of a v5p's 64 MiB. By the
-# compiler's cycles the products of Llama 3 8B then take 0.88 of the time; with all of it 0.87, and twice as long to
-# compile. (maxtext sets it for v6e)
-TILES = {"xla_tpu_scoped_vmem_limit_kib": 32 * 1024}
+# The sparse cores of a chip exchange what the others go on without. (maxtext, the same file, for v6e; the option for
+# gathers over two axes of a torus is from libtpu's own list)
+BY_SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+    "xla_tpu_use_tc_device_shape_on_sc": True,
+    "xla_sc_disable_megacore_partitioning": True,
+}
+# What a loop over the tiles of a product may hold in a core's vector memory, in KiB. By the compiler's cycles half of a
+# v5p's 64 MiB makes the products of Llama 3 8B take 0.88 of the time (all of it 0.87, and twice as long to compile), and
+# three quarters of a v6e's 128 MiB 0.78 (half of it 0.81). (maxtext, the same file, for v6e)
+TILES = "xla_tpu_scoped_vmem_limit_kib"
 # Transfers move to where they can run beside kernels. (NVIDIA/JAX-Toolbox, the flags of its images)
 GPU = {"xla_gpu_enable_latency_hiding_scheduler": True}
-TPU = {"TPU v5p": GATHERED_MEANWHILE | TILES}
+TPU = {
+    "TPU v5p": GATHERED_MEANWHILE | {TILES: 32 * 1024},
+    "TPU v6e": BY_SPARSE_CORES | {TILES: 96 * 1024},
+}
 
 
 def options(chip: Chip) -> Options:
