@@ -40,7 +40,7 @@ BY_SPARSE_CORES = {
     "xla_sc_disable_megacore_partitioning": True,
 }
 # What a loop over the tiles of a product may hold in a core's vector memory, in KiB. By the compiler's cycles half of a
-# v5p's 64 MiB makes the products of Llama 3 8B take 0.88 of the time (all of it 0.87, and twice as long to compile), and
+# v5p's 64 MiB makes the products of Llama 3 8B take 0.88 of the time (all of it 0.87, twice as long to compile), and
 # three quarters of a v6e's 128 MiB 0.78 (half of it 0.81). (maxtext, the same file, for v6e)
 TILES = "xla_tpu_scoped_vmem_limit_kib"
 # Transfers move to where they can run beside kernels. (NVIDIA/JAX-Toolbox, the flags of its images)
