@@ -22,8 +22,9 @@ from llmjax.checkpoint.retention import Retention
 from llmjax.commands.train import acceptable
 from llmjax.data.dataset import Synthetic
 from llmjax.errors import USAGE, Refused
+from llmjax.models.attention import RopeScaling
 from llmjax.models.gpt2 import GPT2
-from llmjax.models.llama import Llama, RopeScaling
+from llmjax.models.llama import Llama
 from llmjax.models.mixtral import Mixtral
 from llmjax.optim import adafactor, adamw, lion, schedules, sgd
 from llmjax.run import Run
