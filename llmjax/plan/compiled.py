@@ -22,7 +22,6 @@ from llmjax.errors import Refused
 from llmjax.mesh import Axes, Chip, Cluster
 from llmjax.plan import buffers, collectives, cost, hlo, links, schedule, topology
 from llmjax.plan.buffers import Buffer
-from llmjax.plan.estimate import traceable
 from llmjax.plan.schedule import Row, Time
 from llmjax.plan.topology import NoCompiler
 from llmjax.run import Run, from_json, to_json
@@ -130,7 +129,7 @@ def report(run: Run, sizes: Axes, *, cache: Path | None = None) -> Report:
     count = math.prod(sizes.sizes())
     if chip.platform != "tpu" and len(_emulated(count)) < count:
         return _in_another_process(run, sizes, cache)
-    made = program.make(traceable(run), mesh(run.mesh, sizes), chip)
+    made = program.make(run, mesh(run.mesh, sizes), chip)
     state = like(made.abstract_state(), made.mesh)
     with made.context():
         lowered = made.step.lower(state, made.abstract_batch())

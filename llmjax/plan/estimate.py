@@ -100,15 +100,9 @@ def plannable(run: Run) -> None:
         raise Refused(f"mesh is {run.mesh.name}, whose chips are not known: give a mesh that names them, --mesh cpu8.")
 
 
-def traceable(run: Run) -> Run:
-    """The run as it can be traced with no GPU: JAX looks for cuDNN as soon as its attention is traced."""
-    gpu = run.mesh.chip.platform == "gpu" and run.attention in ("auto", "cudnn")
-    return dataclasses.replace(run, attention="blocked") if gpu else run
-
-
 def type_check(estimate: Estimate) -> None:
     """Traces the whole train step on the mesh as a type, so that a shape or sharding that cannot be fails here."""
-    run = dataclasses.replace(traceable(estimate.run), accumulate=estimate.accumulate)
+    run = dataclasses.replace(estimate.run, accumulate=estimate.accumulate)
     make(run, meshes.abstract_mesh(estimate.sizes), run.mesh.chip).abstract_step()
 
 

@@ -110,6 +110,8 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     attention, lacking = kernel(run, axes, chip)
     if run.attention == attention and lacking:
         raise Refused(f"attention is {attention}, but {lacking}: use auto, blocked or reference.")
+    if attention == "cudnn" and not _on_gpus(mesh):  # JAX looks for cuDNN as soon as it is traced
+        attention = "blocked"
     compute = nn.Compute(
         layout=run.layout,
         operands="bfloat16" if bfloat16 else "float32",
@@ -149,6 +151,10 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         peak=chip.flops and flops and chip.flops * mesh.size,
         lacking=lacking,
     )
+
+
+def _on_gpus(mesh: Mesh | AbstractMesh) -> bool:
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "gpu"
 
 
 def in_bfloat16(run: Run, platform: str) -> bool:

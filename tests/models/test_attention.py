@@ -199,9 +199,9 @@ def test_a_kernel_that_cannot_run_here_is_refused_when_asked_for(kernel, changes
 def test_a_run_takes_the_kernel_of_its_platform_by_itself_and_says_why_where_it_cannot(changes, way, said):
     model = dataclasses.replace(stdlib_tiny.run.model, positions=4096)
     run = dataclasses.replace(stdlib_tiny.run, model=model, **changes)
-    made = program.make(run, meshes.abstract_mesh(meshes.Axes(*[1] * 6)), run.mesh.chip)
-    assert made.compute.attention == way
-    assert said in made.lacking and bool(said) == bool(made.lacking)
+    found, lacking = program.kernel(run, meshes.Axes(*[1] * 6), run.mesh.chip)
+    assert found == way
+    assert said in lacking and bool(said) == bool(lacking)
 
 
 def test_a_ring_has_its_own_way_and_no_windows():
