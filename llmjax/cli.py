@@ -31,6 +31,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax supervise [--tries N ...] -- train …     the same command, started again when it dies, hangs or is preempted
   llmjax parity [EXPERIMENT] [--layouts …]        show that every layout gives the same numbers (default: stdlib_tiny)
   llmjax plan [EXPERIMENT] [--mesh NAME] ...      foresee memory, messages and speed on any cluster
+  llmjax data build OUT --source PATH ...         turn texts, or token files, into a token store to train from
   llmjax bench [EXPERIMENT] [--field value ...]   measure the speed of training here (default: bench_small)
   llmjax experiments                              list experiments
   llmjax meshes                                   list meshes
@@ -39,8 +40,8 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "generate", "checkpoints", "goodput", "replay", "launch", "supervise", "parity", "plan", "bench",
-            "experiments", "meshes")  # fmt: skip
+COMMANDS = ("train", "generate", "checkpoints", "goodput", "replay", "launch", "supervise", "parity", "plan", "data",
+            "bench", "experiments", "meshes")  # fmt: skip
 LAUNCHED = ("train", "parity", "bench", "supervise")  # what several processes can do together
 
 
@@ -116,6 +117,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _plan(arguments)
         case "bench":
             return _bench(*_experiment(arguments, "bench_small"))
+        case "data":
+            return _data(arguments)
         case "generate":
             return _generate(arguments)
         case "checkpoints":
@@ -287,6 +290,17 @@ def _checkpoints(arguments: list[str]) -> int:
     from llmjax.commands.checkpoints import Options, checkpoints
 
     return checkpoints(tyro.cli(Options, args=arguments, prog="llmjax checkpoints"))
+
+
+def _data(arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.commands.data import Options, data
+
+    if arguments[:1] != ["build"]:
+        given = arguments[0] if arguments else "nothing"
+        raise Refused(f"data got {given} to do: give build, as in llmjax data build OUT --source PATH.")
+    return data(tyro.cli(Options, args=arguments[1:], prog="llmjax data build"))
 
 
 def _goodput(arguments: list[str]) -> int:
