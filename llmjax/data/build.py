@@ -140,7 +140,7 @@ def _build(asked: Build, found: list[sources.Source], facts: dict, out: Path, wo
 def _same(plan: Path, facts: dict, found: list[sources.Source]) -> None:
     """Refuses to go on with a build of anything else; the times of files tell whether they have changed meanwhile."""
     times = [path.stat().st_mtime_ns if path.exists() else 0 for source in found for _, path in source.files]
-    key = _digest([facts, times]).encode()
+    key = _digest([facts | dict(bad=""), times]).encode()  # after a bad record one may go on with --bad skip
     if not plan.exists():
         for left in plan.parent.glob("*.json"):  # of a build that was clearing up when it was killed
             left.unlink()
@@ -166,7 +166,7 @@ def _how(asked: Build, unfinished: Path) -> encode.How:
 
 def _work(units: list[sources.Unit], how: encode.How, unfinished: Path, workers: int, say) -> None:
     """Does the units that are not done yet. Few are waiting at a time, and the first that is refused ends all."""
-    todo = [n for n in range(len(units)) if not (unfinished / "parts" / f"{n:06}.json").exists()]
+    todo = [n for n in range(len(units)) if not _there(unfinished / "parts" / f"{n:06}.json", how.bad)]
     done, began, told = len(units) - len(todo), time.monotonic(), 0.0
     if done:
         say(f"{done} of {len(units)} shards are there from before.")
@@ -175,6 +175,11 @@ def _work(units: list[sources.Unit], how: encode.How, unfinished: Path, workers:
         if (now := time.monotonic() - began) - told > 10 or done == len(units):
             told = now
             say(f"{done} of {len(units)} shards after {now:.0f} s.")
+
+
+def _there(part: Path, bad: str) -> bool:
+    """Whether a unit was done, and as it would be now."""
+    return part.exists() and (bad == "skip" or not json.loads(part.read_bytes())["bad"])
 
 
 def _done(

@@ -266,4 +266,18 @@ def test_half_of_another_build_is_not_gone_on_with(tmp_path):
     with pytest.raises(Refused, match="bad record"):
         made(tmp_path / "out", tmp_path / "a.jsonl")
     with pytest.raises(Refused, match="half of a build"):
-        made(tmp_path / "out", tmp_path / "a.jsonl", bad="skip")
+        made(tmp_path / "out", tmp_path / "a.jsonl", heldout=0.5)
+
+
+def test_after_a_bad_record_the_build_goes_on_with_skip_and_not_back(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines())
+    (tmp_path / "b.jsonl").write_bytes(b"{\n" + lines())
+    (tmp_path / "c.jsonl").write_bytes(lines() + b"[]\n")
+    source = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for bad in ("fail", "fail"):
+        with pytest.raises(Refused, match="bad record"):
+            made(tmp_path / "out", *source, bad=bad)
+    assert len(list((tmp_path / "out.unfinished" / "parts").glob("*.json"))) == 1
+    made(tmp_path / "out", *source, bad="skip")
+    made(tmp_path / "whole", *source, bad="skip")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
