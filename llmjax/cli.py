@@ -32,6 +32,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax parity [EXPERIMENT] [--layouts …]        show that every layout gives the same numbers (default: stdlib_tiny)
   llmjax plan [EXPERIMENT] [--mesh NAME] ...      foresee memory, messages and speed on any cluster
   llmjax data build OUT --source PATH ...         turn texts, or token files, into a token store to train from
+  llmjax data stats OUT, data show OUT --index N  what a store holds; a row of it, decoded
   llmjax bench [EXPERIMENT] [--field value ...]   measure the speed of training here (default: bench_small)
   llmjax experiments                              list experiments
   llmjax meshes                                   list meshes
@@ -295,12 +296,15 @@ def _checkpoints(arguments: list[str]) -> int:
 def _data(arguments: list[str]) -> int:
     import tyro
 
-    from llmjax.commands.data import Options, data
+    from llmjax.commands import data
 
-    if arguments[:1] != ["build"]:
-        given = arguments[0] if arguments else "nothing"
-        raise Refused(f"data got {given} to do: give build, as in llmjax data build OUT --source PATH.")
-    return data(tyro.cli(Options, args=arguments[1:], prog="llmjax data build"))
+    kinds = {"build": (data.Options, data.data), "stats": (data.Stats, data.stats), "show": (data.Show, data.show)}
+    word = arguments[0] if arguments else "nothing"
+    if word not in kinds:
+        near = did_you_mean(word, kinds)
+        raise Refused(f"data got {word} to do: {near}give build, stats or show, then the folder of a store.")
+    options, call = kinds[word]
+    return call(tyro.cli(options, args=arguments[1:], prog=f"llmjax data {word}"))
 
 
 def _goodput(arguments: list[str]) -> int:

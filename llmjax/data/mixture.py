@@ -2,7 +2,8 @@
 
 The source of a position is decided by stride scheduling over periods of PERIOD positions: source s has its j-th row of
 a period at time (j + 1/2) / quota. So each source is within as many rows of what was asked as there are sources,
-after any number of rows. Where a row is in its source follows from how many came before, in closed form: nothing is kept.
+after any number of rows. Where a row is in its source follows from how many came before, in closed form: nothing is
+kept.
 """
 
 import dataclasses
