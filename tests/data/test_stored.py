@@ -1,5 +1,6 @@
 """A run trains from a store: rows are windows or whole documents, and what is not the run's store is refused."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -170,3 +171,23 @@ def test_a_store_with_nothing_held_out_is_refused(tmp_path):
     build(Build(source=(str(tmp_path / "a.txt"),), heldout=0.0), tmp_path / "store", 1, lambda _: None)
     with pytest.raises(Refused, match="--heldout"):
         Store(str(tmp_path / "store")).open(8, tmp_path)
+
+
+def test_a_store_of_terabytes_opens_by_its_index_and_is_read_anywhere(folder, tmp_path):
+    count, real = 20_000, shards.open_shards(folder)
+    entry = real.entries["train"][:1].copy()
+    entries = np.repeat(entry, count)
+    entries["unit"], entries["tokens"] = np.arange(1, count + 1), 1 << 26  # 2.7 TB of tokens, but for the last shard
+    entries[-1] = entry[0]
+    index = np.concatenate([entries, real.entries["heldout"]]).tobytes()
+    record = real.record | {"index": hashlib.sha256(index).hexdigest()}
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "dataset.json").write_bytes(shards.record_text(record))
+    (tmp_path / "big" / "index.bin").write_bytes(index)
+    (tmp_path / "big" / "tokens").symlink_to(folder / "tokens")
+    (tmp_path / "big" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    dataset = Store(str(tmp_path / "big")).open(64, tmp_path)
+    last = (count - 1 << 26) // 64
+    assert dataset.size("train") > last > 2e10
+    got = dataset.examples("train", np.array([last + 3]))
+    assert np.array_equal(got["tokens"][0], stream(real)[3 * 64 : 4 * 64])
