@@ -15,7 +15,7 @@ from llmjax.data.sources import Unit
 from llmjax.data.tokenizer import TokenizerFile
 from llmjax.errors import DATA, Refused
 
-_AT_ONCE = 1 << 20  # characters that are encoded at once
+_AT_ONCE = 1 << 18  # characters that are encoded at once: a hundred bytes of memory each
 SAMPLE = 5  # bad records of a unit that are named
 
 

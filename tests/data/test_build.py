@@ -92,9 +92,12 @@ def test_a_text_longer_than_any_piece_is_one_document(tmp_path, monkeypatch):
     text = "".join(f"ünï {n}\n" for n in range(3000))
     (tmp_path / "long.txt").write_text(text)
     assert len(list(records.text("long", str(tmp_path / "long.txt")))) > 5
-    store = made(tmp_path / "out", tmp_path / "long.txt")
-    assert tokens(store).tolist() == expected([text])
-    assert store.record["train"]["documents"] == 1
+    (tmp_path / "long.jsonl").write_bytes(lines([text]))
+    assert len(list(records.jsonl("long", str(tmp_path / "long.jsonl"), "text", 0, 1))) > 5
+    for name in ("long.txt", "long.jsonl"):
+        store = made(tmp_path / f"out-{name}", tmp_path / name)
+        assert tokens(store).tolist() == expected([text])
+        assert store.record["train"]["documents"] == 1
 
 
 def test_heldout_documents_are_drawn_by_name_and_no_text_is_lost(tmp_path):
