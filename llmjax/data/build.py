@@ -67,7 +67,7 @@ def build(asked: Build, out: Path, workers: int, say: Callable[[str], None]) -> 
         opened = shards.open_shards(out)
         if opened.record["asked"] != facts:
             raise Refused(f"'{out}' was built of other sources or options: give another folder, or delete it.", DATA)
-        say(f"{out} is already built: {summary(opened.record)}.")
+        say(f"{out} is already built.")
         return opened
     try:
         _build(asked, found, facts, out, workers, say)
