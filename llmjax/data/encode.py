@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llmjax.data import records, shards, tokenfiles
+from llmjax.data import records, shards, tokenfiles, words
 from llmjax.data.sources import Unit
 from llmjax.data.tokenizer import TokenizerFile
 from llmjax.errors import DATA, Refused
@@ -100,21 +100,25 @@ def _add(writer: shards.Writer, pieces: list[records.Piece], how: How) -> None:
     if not pieces:
         return
     texts = [piece.text for piece in pieces]
-    encoded = tokenizer(how.tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    encoded = _encode(how.tokenizer, texts)
     arrays, starts, at = [], [], 0
-    for piece, encoding in zip(pieces, encoded, strict=True):
+    for piece, ids in zip(pieces, encoded, strict=True):
         if piece.first:
             starts.append(at)
-        arrays.append(np.array([how.end] * piece.first + encoding.ids, writer.dtype))
+        arrays.append(np.array([how.end] * piece.first + ids, writer.dtype))
         at += len(arrays[-1])
     writer.add(np.concatenate(arrays), starts, sum(len(text.encode()) for text in texts))
 
 
-def tokenizer(path: str):
-    """The tokenizer of a build, loaded once in a process."""
-    return _load(path, os.stat(path).st_mtime_ns)
+def _encode(tokenizer: str, texts: list[str]) -> list[list[int]]:
+    loaded, known = _load(tokenizer, os.stat(tokenizer).st_mtime_ns)
+    if known is not None:
+        return words.encode(loaded, texts, known)
+    return [encoding.ids for encoding in loaded.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 @functools.lru_cache(1)
-def _load(path: str, _written: int):
-    return TokenizerFile(path).build()
+def _load(path: str, _written: int) -> tuple[Any, dict | None]:
+    """The tokenizer of a build, loaded once in a process, and what it knows of words if they can be encoded apart."""
+    loaded = TokenizerFile(path).build()
+    return loaded, {} if words.apart(loaded) else None
