@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _WORDS = re.compile(r"[^A-Za-z0-9]*+(?:[A-Za-z0-9]++(?:[_\x80-\U0010ffff][^A-Za-z0-9]*+)?+)*+")
 _LONGEST = 64  # characters of what is kept: longer ones hardly come again
-_MOST = 1 << 20  # kept; then all is forgotten
+_MOST = 1 << 19  # kept, in 150 MB at most; then all is forgotten
 _LATER = (  # of GPT-4 and Llama 3
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -34,6 +34,8 @@ def apart(tokenizer: "Tokenizer") -> bool:
     if facts["normalizer"] or model["type"] != "BPE" or any(not token["special"] for token in facts["added_tokens"]):
         return False
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return False
+    if not tokenizer.encode_special_tokens:  # the name of a special token would be cut
         return False
     match facts["pre_tokenizer"]:
         case {"type": "ByteLevel", "use_regex": True, **rest}:

@@ -76,6 +76,9 @@ def test_other_tokenizers_encode_a_text_whole():
     lower = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
     lower.normalizer = normalizers.NFC()
     assert not words.apart(lower)
+    special = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    special.encode_special_tokens = False
+    assert not words.apart(special)
     added = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
     added.add_tokens(["a b"])
     assert not words.apart(added)
