@@ -34,6 +34,8 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax supervise [--tries N ...] -- train …     the same command, started again when it dies, hangs or is preempted
   llmjax parity [EXPERIMENT] [--layouts …]        show that every layout gives the same numbers (default: stdlib_tiny)
   llmjax plan [EXPERIMENT] [--mesh NAME] ...      foresee memory, messages and speed on any cluster
+  llmjax data build OUT --source PATH ...         turn texts, or token files, into a token store to train from
+  llmjax data stats OUT, data show OUT --index N  what a store holds; a row of it, decoded
   llmjax bench [EXPERIMENT] [--field value ...]   measure the speed of training here (default: bench_small)
   llmjax experiments                              list experiments
   llmjax meshes                                   list meshes
@@ -43,7 +45,7 @@ Commands with options show them with --help.
 """
 
 COMMANDS = ("train", "import", "export", "generate", "checkpoints", "goodput", "replay", "launch", "supervise",
-            "parity", "plan", "bench", "experiments", "meshes")  # fmt: skip
+            "parity", "plan", "data", "bench", "experiments", "meshes")  # fmt: skip
 LAUNCHED = ("train", "parity", "bench", "supervise")  # what several processes can do together
 
 
@@ -119,6 +121,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _plan(arguments)
         case "bench":
             return _bench(*_experiment(arguments, "bench_small"))
+        case "data":
+            return _data(arguments)
         case "generate":
             return _generate(arguments)
         case "import":
@@ -323,6 +327,20 @@ def _checkpoints(arguments: list[str]) -> int:
     from llmjax.commands.checkpoints import Options, checkpoints
 
     return checkpoints(tyro.cli(Options, args=arguments, prog="llmjax checkpoints"))
+
+
+def _data(arguments: list[str]) -> int:
+    import tyro
+
+    from llmjax.commands import data
+
+    kinds = {"build": (data.Options, data.data), "stats": (data.Stats, data.stats), "show": (data.Show, data.show)}
+    word = arguments[0] if arguments else "nothing"
+    if word not in kinds:
+        near = did_you_mean(word, kinds)
+        raise Refused(f"data got {word} to do: {near}give build, stats or show, then the folder of a store.")
+    options, call = kinds[word]
+    return call(tyro.cli(options, args=arguments[1:], prog=f"llmjax data {word}"))
 
 
 def _goodput(arguments: list[str]) -> int:

@@ -23,6 +23,7 @@ from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.checkpoint.retention import Retention
 from llmjax.commands.generate import own
+from llmjax.data import mixture
 from llmjax.data.dataset import check_rows
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PREEMPTED, USAGE, Refused
 from llmjax.evaluate.generate import Sampling, complete
@@ -261,6 +262,9 @@ def open_data(program: Program, display: Display, first: bool):
         system.barrier("data")
     system.agreement(dict(data=dataset.fingerprint), DATA)
     check_rows(dataset, run.batch)
+    if isinstance(dataset, mixture.MixtureDataset):
+        mixture.check(dataset, run.steps, run.batch)
+        display.table(["source", "asked", "sees", "rows", "epochs"], mixture.report(dataset, run.steps, run.batch))
     vocab = getattr(run.model, "vocab", None)
     if vocab and dataset.vocab and dataset.vocab > vocab:
         raise Refused(

@@ -28,16 +28,18 @@ def order(step: int, *, batch: int, size: int, seed: int) -> np.ndarray:
     The batches follow one another through a shuffle of all `size` rows, then through another: within an epoch no row
     comes twice and none is left out. A batch may span two epochs. Finding a row costs the same anywhere.
     """
+    return np.array([row_at(step * batch + i, size, seed) for i in range(batch)], np.int64)
+
+
+def row_at(position: int, size: int, seed: int | str) -> int:
+    """The row at a position of the endless walk through shuffles of all `size` rows."""
     from grain.experimental import index_shuffle  # half a second of imports that only training needs
 
-    def row(position: int) -> int:
-        epoch, index = divmod(position, size)
-        return index_shuffle(index, max_index=size - 1, seed=_epoch_seed(seed, epoch), rounds=4)
-
-    return np.array([row(step * batch + i) for i in range(batch)], np.int64)
+    epoch, index = divmod(position, size)
+    return index_shuffle(index, max_index=size - 1, seed=_epoch_seed(seed, epoch), rounds=4)
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
+def _epoch_seed(seed: int | str, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4])
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 import llmjax
 from llmjax import processes
+from llmjax.data import mixture
 from llmjax.data.batches import order, place, prefetch
 from llmjax.errors import IO, NON_FINITE, Refused
 from llmjax.optim import schedules
@@ -104,6 +105,8 @@ def steps(
 
 def rows_of(run: Run, dataset, step: int) -> np.ndarray:
     """The rows of the global batch of a step, counted from 0."""
+    if isinstance(dataset, mixture.MixtureDataset):
+        return mixture.order(dataset, step, batch=run.batch, seed=run.seed)
     return order(step, batch=run.batch, size=dataset.size("train"), seed=run.seed)
 
 
