@@ -20,6 +20,7 @@ SMALL = dict(
     value_dim=12, latent=32, query_latent=32, dense=1, dense_ff=128, groups=4, top_groups=2,
 )  # fmt: skip
 MOVED = 0.005  # share of a step's choices of experts that rounding may have made
+BEGUN = 0.1  # what began at 0 is held to this share of the usual size: its few steps are all it has
 FLAT = 1e-3  # a parameter whose gradient is this small beside the largest one has only rounding to compare
 
 
@@ -153,6 +154,7 @@ def batch(program: Program, step: int) -> dict[str, jax.Array]:
 def compare(reference: Trace, other: Trace, tolerance: Tolerance = Tolerance()) -> Verdict:
     """How far `other` is from the reference.
 
+    A parameter's difference is a share of its size, or of a tenth of the usual size where it is smaller than that.
     Parameters whose gradient vanishes, such as biases of keys, are left out where rounding alone decides their step.
     Where a token favours two experts alike, rounding decides between them, and from then on there is nothing to compare
     closely: steps count up to the first at which a few choices (MOVED) are others.
@@ -164,13 +166,15 @@ def compare(reference: Trace, other: Trace, tolerance: Tolerance = Tolerance()) 
         for a, b in ((reference.losses, other.losses), (reference.grad_norms, other.grad_norms))
     )
     largest = max(np.abs(x).max() for x in reference.gradients.values())
+    usual = np.sqrt(np.mean([np.mean(np.square(x)) for x in reference.parameters.values()]))
     gradients, parameters = {}, {}
     for name, expected in reference.gradients.items():
         scale = max(np.abs(expected).max(), FLAT * largest)
         gradients[name] = float(np.abs(other.gradients[name] - expected).max() / scale)
         if np.abs(expected).max() >= FLAT * largest and not rounded:
             weights = reference.parameters[name]
-            parameters[name] = float(np.linalg.norm(other.parameters[name] - weights) / np.linalg.norm(weights))
+            size = max(np.linalg.norm(weights), BEGUN * usual * weights.size**0.5)
+            parameters[name] = float(np.linalg.norm(other.parameters[name] - weights) / size)
     different = [name for name in gradients if not gradients[name] <= tolerance.gradient]
     different += [name for name in parameters if not parameters[name] <= tolerance.parameter]
     passed = loss <= tolerance.loss and norm <= tolerance.gradient and not different
