@@ -10,7 +10,16 @@ LONG = 1024  # positions from which blocks are faster than all scores at once: o
 
 
 def lacks(
-    kernel: str, platform: str, *, positions: int, ways: int, head_dim: int, bfloat16: bool, cap: float, sinks: bool
+    kernel: str,
+    platform: str,
+    *,
+    positions: int,
+    ways: int,
+    stages: int,
+    head_dim: int,
+    bfloat16: bool,
+    cap: float,
+    sinks: bool,
 ) -> str:
     """Why the kernel cannot run on such devices, of which each holds so many positions; empty where it can.
 
@@ -19,6 +28,8 @@ def lacks(
     for owner, own in OWN.items():
         if kernel == own and platform != owner:
             return f"{kernel} runs on {owner.upper()}s, and this is a {platform.upper()}"
+    if kernel in OWN.values() and stages > 1:
+        return f"{kernel} has no derivative inside a pipeline's stages, of which there are {stages}"
     if kernel == "splash" and positions % splash.LANES:
         return f"splash takes multiples of {splash.LANES} positions on a device, and there are {positions}"
     if kernel in OWN.values() and sinks:

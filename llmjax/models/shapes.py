@@ -30,21 +30,20 @@ def turns(model: Any) -> int:
     return getattr(model, "turns", getattr(model, "layers", 1))
 
 
-def windows(model: Any) -> tuple[int, ...]:
-    """How far each layer looks back, 0 for all the way: kinds take turns, and layers that fit no turn come first."""
-    kinds = model.windows() if hasattr(model, "windows") else (0,)
-    ahead = model.layers % len(kinds)
-    return kinds[len(kinds) - ahead :] + kinds * (model.layers // len(kinds))
-
-
 def seen(model: Any, sequence: int) -> float:
-    """The part of the causal triangle that windows leave, mean over layers."""
+    """The part of the causal triangle that windows leave, mean over layers.
+
+    Kinds of layers take turns, and those that fit no turn come first; `model.windows()` says how far each kind looks
+    back, 0 for all the way.
+    """
+    kinds = model.windows() if hasattr(model, "windows") else (0,)
+    full, ahead = divmod(model.layers, len(kinds))
 
     def part(window: int) -> float:
         return 1 if window == 0 or window >= sequence else window * (2 * sequence - window) / sequence**2
 
-    every = [part(window) for window in windows(model)]
-    return sum(every) / len(every)
+    each = [part(window) for window in kinds]
+    return (full * sum(each) + sum(each[len(kinds) - ahead :])) / model.layers
 
 
 def flops_per_token(model: Any, sequence: int) -> tuple[float, float]:

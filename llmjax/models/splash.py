@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import P
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from llmjax.errors import Refused
 from llmjax.layout import axes_of
@@ -66,7 +66,8 @@ def _kernel(kind: Scores, shape: tuple[int, ...], S: int, place: P):
         attn_logits_soft_cap=kind.cap or None,
         interpret=nn.how().interpret,
     )
-    specs = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, place[1])))
+    whole = AbstractMesh(mesh.axis_sizes, mesh.axis_names)  # the mesh may be manual in part, which JAX refuses
+    specs = kernel.manual_sharding_spec(NamedSharding(whole, P(None, place[1])))
     return jax.tree.map(jax.reshard, kernel, specs), specs
 
 

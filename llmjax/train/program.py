@@ -174,7 +174,8 @@ def kernel(run: Run, axes: Axes, chip: Chip) -> tuple[str, str]:
         return "ring", ""
     ways_T = ways(run.layout.inner.get("T"), axes)
     shapes = dict(
-        positions=run.sequence // ways_T, ways=ways_T, head_dim=head_dim, bfloat16=in_bfloat16(run, chip.platform),
+        positions=run.sequence // ways_T, ways=ways_T, stages=ways(run.layout.params.get("L"), axes),
+        head_dim=head_dim, bfloat16=in_bfloat16(run, chip.platform),
         cap=getattr(run.model, "cap", 0.0), sinks=getattr(run.model, "sinks", False),
     )  # fmt: skip
     if run.attention != "auto":

@@ -190,6 +190,7 @@ def test_a_kernel_that_cannot_run_here_is_refused_when_asked_for(kernel, changes
         (dict(mesh=v5p_64.cluster), "splash", ""),
         (dict(mesh=v5p_64.cluster, sequence=96), "reference", "multiples of 128 positions"),
         (dict(mesh=v5p_64.cluster, sequence=2000), "blocked", "multiples of 128 positions"),
+        (dict(mesh=v5p_64.cluster, layout=layouts.preset("fsdp_pp")), "reference", "inside a pipeline's stages"),
         (dict(mesh=h200.cluster), "cudnn", ""),
         (dict(mesh=h200.cluster, dtype="float32"), "reference", "cudnn takes bfloat16"),
         (dict(mesh=cpu8.cluster), "reference", ""),
@@ -199,7 +200,7 @@ def test_a_kernel_that_cannot_run_here_is_refused_when_asked_for(kernel, changes
 def test_a_run_takes_the_kernel_of_its_platform_by_itself_and_says_why_where_it_cannot(changes, way, said):
     model = dataclasses.replace(stdlib_tiny.run.model, positions=4096)
     run = dataclasses.replace(stdlib_tiny.run, model=model, **changes)
-    found, lacking = program.kernel(run, meshes.Axes(*[1] * 6), run.mesh.chip)
+    found, lacking = program.kernel(run, meshes.Axes(1, 2, 1, 1, 1, 1), run.mesh.chip)
     assert found == way
     assert said in lacking and bool(said) == bool(lacking)
 
