@@ -2,8 +2,6 @@
 
 Put your text in data/corpus and its tokenizer at data/tokenizer.json, or name others with --data.path and
 --data.tokenizer.path. Not run yet on this hardware.
-`llmjax plan` (2026-11-25) foresees 62 s a step, 67,362 tokens/s and 14.4 of 30 GiB, and with `--search` 44 s
-for `--layout fsdp_tp_sp_ring --axes.fsdp 64 --axes.context 2 --axes.tensor 2 --accumulate 4`.
 """
 
 from llmjax import layout
