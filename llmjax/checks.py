@@ -155,7 +155,7 @@ def _check_batch(run: Run, axes: Axes, accumulate: int) -> None:
 
 
 def _check_local(run: Run, axes: Axes) -> None:
-    local, layers = run.local, _turns(run.model)
+    local, layers = run.local, turns(run.model)
     if hasattr(run.loss, "of_layers"):
         raise Refused(
             f"local.every is {local.every}, but {type(run.loss).__name__} counts loads over all workers: "
@@ -254,8 +254,8 @@ def _check_model(run: Run, axes: Axes) -> None:
         )
 
 
-def _turns(model: Any) -> int:
-    """Turns of the loop over layers: fewer than layers where kinds of them take turns."""
+def turns(model: Any) -> int:
+    """Turns of the loop over layers, which stages share: fewer than layers where kinds of them take turns."""
     return getattr(model, "turns", getattr(model, "layers", 1))
 
 
@@ -270,7 +270,7 @@ def _check_pipeline(run: Run, axes: Axes, accumulate: int) -> None:
             raise Refused(f"pipeline.{field} is {getattr(how, field)}: give at least {least}.")
     if stages == 1:
         return
-    model, layers, loops = type(run.model).__name__, getattr(run.model, "layers", None), _turns(run.model)
+    model, layers, loops = type(run.model).__name__, getattr(run.model, "layers", None), turns(run.model)
     if layers is None:
         raise Refused(
             f"axes.stage is {stages}, but {model} has no layers to cut into stages: "

@@ -163,6 +163,10 @@ class Run:
     runs: str = "runs"
     "Folder that holds run directories."
 
+    def in_bfloat16(self, platform: str) -> bool:
+        """Whether products take bfloat16 operands there, or less."""
+        return self.dtype != "float32" and (self.dtype != "auto" or platform != "cpu")
+
     def folder(self) -> Path:
         """The run directory."""
         return Path(self.runs) / self.name

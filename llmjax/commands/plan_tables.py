@@ -16,7 +16,7 @@ from llmjax.plan.memory import Memory
 from llmjax.plan.schedule import Time as Compiled
 from llmjax.run import Run, differences, to_json
 from llmjax.train.display import Display, duration, memory
-from llmjax.train.program import kernel
+from llmjax.train.kernels import kernel
 
 ROWS = 16  # of a table of communication
 PLANNED = {"mesh", "axes", "layout", "pipeline", "remat", "accumulate"}  # what a plan's own command says in any case

@@ -10,8 +10,6 @@ and a T, in groups of documents that bound memory, and kept as
 """
 
 import json
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmjax.data import shards
+from llmjax.data.folders import at_once
 from llmjax.data.shards import Shards
 from llmjax.data.store import check_file
 from llmjax.errors import DATA, IO, Refused
@@ -135,9 +134,7 @@ def ensure(store: Shards, split: str, length: int, cache: Path) -> Packing:
 
 
 def _build(store: Shards, split: str, length: int, folder: Path) -> None:
-    unfinished = folder.with_name(f".building-{folder.name}-{uuid.uuid4().hex[:8]}")
-    unfinished.mkdir(parents=True)
-    try:
+    with at_once(folder) as unfinished:
         held = rows = 0
         with (unfinished / "pieces.bin").open("wb") as file, (unfinished / "rows.bin").open("wb") as firsts:
             for group in documents(store, split):
@@ -148,13 +145,6 @@ def _build(store: Shards, split: str, length: int, folder: Path) -> None:
             firsts.write(np.array([held], "<i8").tobytes())
         facts = report(store, split, length, "best_fit", rows) | dict(pieces=held)
         shards.write(unfinished / "packing.json", json.dumps(facts).encode())
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # it failed for another reason than a faster one
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _open(folder: Path) -> Packing:

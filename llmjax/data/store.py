@@ -15,9 +15,6 @@ import json
 import lzma
 import os
 import platform
-import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +24,7 @@ import numpy as np
 
 from llmjax import reading, redact
 from llmjax.data.corpus import Document, hold_out
+from llmjax.data.folders import at_once
 from llmjax.data.tokenizer import BPE, Bytes, TokenizerFile, end_of_text, vocabulary
 from llmjax.errors import DATA, IO, Refused
 
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # raise it when the meaning of the files changes: old stores are then left alone and built anew
 FILES = ("train.bin", "heldout.bin", "tokenizer.json")
-_BUILDING = ".building-"
-_STALE = 24 * 3600.0  # seconds after which a half-built folder cannot belong to a live build
 _CHUNK = 1 << 20  # characters encoded at once: enough to keep all cores busy, little enough for memory
 
 
@@ -101,29 +97,8 @@ def build(
     say: Callable[[str], None],
 ) -> None:
     """Writes a store to `folder`, all at once; if another build was faster, its store stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
-    unfinished = folder.parent / f"{_BUILDING}{folder.name}-{uuid.uuid4().hex[:8]}"
-    unfinished.mkdir()
-    try:
+    with at_once(folder) as unfinished:
         _write(train, heldout, tokenizer, source=source, folder=unfinished, say=say)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # it failed for another reason than a faster build
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _sweep(cache: Path) -> None:
-    for left in cache.glob(f"{_BUILDING}*"):
-        try:
-            stale = time.time() - left.stat().st_mtime > _STALE
-        except FileNotFoundError:  # its build has just finished
-            continue
-        if stale:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(

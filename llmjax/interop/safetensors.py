@@ -1,7 +1,8 @@
 """Safetensors files: a JSON header that says where each array lies, then their bytes, little endian, without gaps.
 
-Arrays are mapped into memory and not read, so whoever takes a slice reads that slice. A header is believed only where
-all of it fits the file: https://github.com/huggingface/safetensors#format.
+Arrays are mapped into memory and not read, so whoever takes a slice reads that slice, and a file is made before what
+goes into it is known: the package `safetensors` (0.8) writes only what is all in memory. A header is believed only
+where all of it fits the file: https://github.com/huggingface/safetensors#format.
 """
 
 import dataclasses

@@ -25,11 +25,6 @@ Matrices = Mapping[str, tuple[Matrix, ...]]  # of one layer: attention, mlp; of 
 LAYER = ("attention", "mlp")
 
 
-def turns(model: Any) -> int:
-    """Turns of the loop over layers, which are what stages share: fewer than layers where kinds of them take turns."""
-    return getattr(model, "turns", getattr(model, "layers", 1))
-
-
 def seen(model: Any, sequence: int) -> float:
     """The part of the causal triangle that windows leave, mean over layers.
 

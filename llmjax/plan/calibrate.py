@@ -35,7 +35,7 @@ from llmjax.plan.analytic import Sent, Time
 from llmjax.plan.work import Message, Work
 from llmjax.run import Run
 from llmjax.train.loss import NextToken
-from llmjax.train.program import in_bfloat16, make
+from llmjax.train.program import make
 
 KINDS = ("all-reduce", "all-gather", "collective-permute", "all-to-all")
 SMALL, LARGE = 1 << 12, 1 << 21  # bytes of a device between which the cost of a collective is taken to be a line
@@ -71,7 +71,7 @@ class Machine:
 
 def predict(work: Work, machine: Machine, sizes: Axes, run: Run) -> Time:
     """The time of a step on emulated devices. `work` is of fused attention: the triangle, and no scores in memory."""
-    devices, operands = machine.devices, "bfloat16" if in_bfloat16(run, "cpu") else "float32"
+    devices, operands = machine.devices, "bfloat16" if run.in_bfloat16("cpu") else "float32"
     ticks, copies = 1 + work.bubble, 2 if sizes.stage > 1 else 1
     products = sum(flops * (ticks if module in LAYER else 1) for module, flops in work.products.items())
     wide = {module: size * (1 if module == "optimizer" else 2) for module, size in work.traffic.items()}
@@ -92,7 +92,7 @@ def seconds(message: Message, machine: Machine, sizes: Axes, run: Run) -> float:
     lines = machine.collectives[{"reduce-scatter": "all-reduce"}.get(message.kind, message.kind)]
     group = ways(message.axes, sizes)
     line = lines[min(lines, key=lambda n: abs(math.log2(int(n) / group)))]
-    wide = 1 if message.hidden and in_bfloat16(run, "cpu") else 2  # activations are float32 on a CPU
+    wide = 1 if message.hidden and run.in_bfloat16("cpu") else 2  # activations are float32 on a CPU
     return message.count * (line.start + message.bytes * wide * line.byte)
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import jax
 
 from llmjax import mesh as meshes
+from llmjax.checks import turns
 from llmjax.layout import axes_of, ways
 from llmjax.mesh import AXES, Axes, Chip
 from llmjax.models import blocked, nn
 from llmjax.models.moe import SLACK
 from llmjax.models.pipeline import ticks
-from llmjax.models.shapes import LAYER, Matrix, turns
+from llmjax.models.shapes import LAYER, Matrix
 from llmjax.plan.work import cut
 from llmjax.run import Run
-from llmjax.train import diloco, pieces, program
+from llmjax.train import diloco, kernels, pieces, program
 from llmjax.train import step as steps
 
 MOVING = 2  # layers whose kept arrays are on their way to the host, or back
@@ -220,9 +221,9 @@ def predict(run: Run, sizes: Axes, accumulate: int, chip: Chip | None = None) ->
     chip = chip or run.mesh.chip
     platform = chip.platform if chip else ""
     habits = TPU if platform == "tpu" else HOST
-    bfloat16 = program.in_bfloat16(run, platform)
+    bfloat16 = run.in_bfloat16(platform)
     parameters, optimizer = state(run, sizes)
-    attention = program.kernel(run, sizes, chip)[0] if chip else run.attention
+    attention = kernels.kernel(run, sizes, chip)[0] if chip else run.attention
     one = part(run, sizes, accumulate, bfloat16 and platform != "cpu", attention)
     one = dataclasses.replace(one, pieces=pieces_of(run, sizes, accumulate, chip))
     turns = one.layers * one.passes

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from llmjax import layout as layouts
-from llmjax.checks import check
+from llmjax.checks import check, turns
 from llmjax.errors import Refused
 from llmjax.layout import Layout, Pipeline
 from llmjax.mesh import Axes, Cluster
-from llmjax.models.shapes import turns
 from llmjax.plan import memory
 from llmjax.plan.estimate import Estimate, estimate, fits, plannable, timed
 from llmjax.run import Remat, Run

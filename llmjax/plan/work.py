@@ -9,11 +9,10 @@ from typing import Any
 
 from llmjax.layout import Layout, axes_of, ways
 from llmjax.mesh import AXES, Axes
-from llmjax.models.kernels import OWN
 from llmjax.models.quantized import TYPES
 from llmjax.models.shapes import LAYER, Matrix, seen
 from llmjax.run import Run
-from llmjax.train.program import kernel
+from llmjax.train.kernels import OWN, kernel
 
 
 @dataclasses.dataclass(frozen=True)

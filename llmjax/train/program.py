@@ -19,10 +19,10 @@ from llmjax.checks import check, check_chip
 from llmjax.errors import Refused
 from llmjax.layout import ways
 from llmjax.mesh import Axes, Chip
-from llmjax.models import kernels, nn, quantized
+from llmjax.models import nn, quantized
 from llmjax.optim import parameters
 from llmjax.run import Run
-from llmjax.train import diloco, flags
+from llmjax.train import diloco, flags, kernels
 from llmjax.train import step as steps
 
 LARGE, PIECE = 2**30, 4096  # bytes of a device's float32 logits that are taken in pieces, of so many tokens
@@ -106,8 +106,8 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     check(run, axes, accumulate)
     check_chip(run, chip)
     on_cpu = chip.platform == "cpu"
-    bfloat16 = in_bfloat16(run, chip.platform)
-    attention, lacking = kernel(run, axes, chip)
+    bfloat16 = run.in_bfloat16(chip.platform)
+    attention, lacking = kernels.kernel(run, axes, chip)
     if run.attention == attention and lacking:
         raise Refused(f"attention is {attention}, but {lacking}: use auto, blocked or reference.")
     if attention == "cudnn" and not _on_gpus(mesh):  # JAX looks for cuDNN as soon as it is traced
@@ -155,36 +155,6 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
 
 def _on_gpus(mesh: Mesh | AbstractMesh) -> bool:
     return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "gpu"
-
-
-def in_bfloat16(run: Run, platform: str) -> bool:
-    """Whether products take bfloat16 operands, or less."""
-    return run.dtype != "float32" and (run.dtype != "auto" or platform != "cpu")
-
-
-def kernel(run: Run, axes: Axes, chip: Chip) -> tuple[str, str]:
-    """(how attention is computed, why not in the kernel that is asked for or is the platform's own).
-
-    Without a kernel, long sequences go in blocks.
-    """
-    head_dim = run.model.sizes().get("K") if hasattr(run.model, "sizes") else None
-    if not head_dim:  # there is no attention
-        return "reference", ""
-    if ways(run.layout.inner.get("S"), axes) > 1:
-        return "ring", ""
-    ways_T = ways(run.layout.inner.get("T"), axes)
-    shapes = dict(
-        positions=run.sequence // ways_T, ways=ways_T, stages=ways(run.layout.params.get("L"), axes),
-        head_dim=head_dim, bfloat16=in_bfloat16(run, chip.platform),
-        cap=getattr(run.model, "cap", 0.0), sinks=getattr(run.model, "sinks", False),
-    )  # fmt: skip
-    if run.attention != "auto":
-        return run.attention, kernels.lacks(run.attention, chip.platform, **shapes)
-    own = kernels.OWN.get(chip.platform)
-    why = kernels.lacks(own, chip.platform, **shapes) if own else ""
-    if own and not why:
-        return own, ""
-    return "blocked" if run.sequence >= kernels.LONG else "reference", why
 
 
 def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:

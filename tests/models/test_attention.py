@@ -15,11 +15,12 @@ from experiments import stdlib_tiny
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.errors import Refused
-from llmjax.models import blocked, kernels, nn, splash
+from llmjax.models import blocked, nn, splash
 from llmjax.models.attention import attention
 from llmjax.models.gemma2 import Gemma2
 from llmjax.plan import topology
-from llmjax.train import program
+from llmjax.run import DiLoCo
+from llmjax.train import kernels, program
 from meshes import cpu8, h200, v5p_64
 from meshes.chips import TPU_V5E, TPU_V5P, TPU_V6E
 
@@ -200,14 +201,31 @@ def test_a_kernel_that_cannot_run_here_is_refused_when_asked_for(kernel, changes
 def test_a_run_takes_the_kernel_of_its_platform_by_itself_and_says_why_where_it_cannot(changes, way, said):
     model = dataclasses.replace(stdlib_tiny.run.model, positions=4096)
     run = dataclasses.replace(stdlib_tiny.run, model=model, **changes)
-    found, lacking = program.kernel(run, meshes.Axes(1, 2, 1, 1, 1, 1), run.mesh.chip)
+    found, lacking = kernels.kernel(run, meshes.Axes(1, 2, 1, 1, 1, 1), run.mesh.chip)
     assert found == way
     assert said in lacking and bool(said) == bool(lacking)
 
 
+@pytest.mark.parametrize(
+    ("layout", "sizes", "local", "way"),
+    [
+        ("fsdp", dict(data=2, fsdp=4), DiLoCo(every=4), "splash"),
+        ("fsdp_cp", dict(fsdp=4, context=2), DiLoCo(every=0), "splash"),
+        ("fsdp_pp", dict(fsdp=4, stage=2), DiLoCo(every=0), "reference"),
+    ],
+)
+def test_the_step_of_a_tpu_can_be_differentiated_where_a_part_of_it_has_an_axis_to_itself(layout, sizes, local, way):
+    run = dataclasses.replace(stdlib_tiny.run, mesh=v5p_64.cluster, layout=layouts.preset(layout), local=local)
+    run = dataclasses.replace(run, batch=16, accumulate=1)
+    axes = meshes.Axes(**dict.fromkeys(meshes.AXES, 1) | sizes)
+    made = program.make(run, meshes.abstract_mesh(axes), run.mesh.chip)
+    assert made.compute.attention == way
+    made.abstract_step()
+
+
 def test_a_ring_has_its_own_way_and_no_windows():
     run = dataclasses.replace(stdlib_tiny.run, mesh=cpu8.cluster, layout=layouts.ring, attention="blocked")
-    assert program.kernel(run, meshes.Axes(1, 1, 1, 1, 2, 1), cpu8.cluster.chip) == ("ring", "")
+    assert kernels.kernel(run, meshes.Axes(1, 1, 1, 1, 2, 1), cpu8.cluster.chip) == ("ring", "")
     with pytest.raises(Refused, match="attention has a window of 100 positions, and a ring has none"):
         attended("ring", "ring", 2, 100, False, context=2)
 
