@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import importlib
 import os
 import sys
 import traceback
@@ -46,6 +47,14 @@ Commands with options show them with --help.
 
 COMMANDS = ("train", "import", "export", "generate", "checkpoints", "goodput", "replay", "launch", "supervise",
             "parity", "plan", "data", "bench", "experiments", "meshes")  # fmt: skip
+# Commands with options of their own alone: module of llmjax.commands, options, what runs them. Imported when asked for.
+OWN = {
+    "import": ("imports", "Import", "bring"),
+    "export": ("exports", "Export", "export"),
+    "generate": ("generate", "Generate", "generate"),
+    "checkpoints": ("checkpoints", "Options", "checkpoints"),
+    "goodput": ("goodput", "Options", "goodput"),
+}
 LAUNCHED = ("train", "parity", "bench", "supervise")  # what several processes can do together
 
 
@@ -111,6 +120,8 @@ def _failed(error: Exception) -> int:
 
 
 def _dispatch(command: str, arguments: list[str]) -> int:
+    if command in OWN:
+        return _own(command, arguments)
     match command:
         case "train":
             with Notice() as notice:  # before the slow imports
@@ -123,16 +134,6 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _bench(*_experiment(arguments, "bench_small"))
         case "data":
             return _data(arguments)
-        case "generate":
-            return _generate(arguments)
-        case "import":
-            return _import(arguments)
-        case "export":
-            return _export(arguments)
-        case "checkpoints":
-            return _checkpoints(arguments)
-        case "goodput":
-            return _goodput(arguments)
         case "replay":
             return _replay(arguments)
         case "launch":
@@ -297,36 +298,12 @@ def _with_options(run: "Run", options: Any, arguments: list[str], command: str, 
     return asked.run, asked.processes, asked.options
 
 
-def _generate(arguments: list[str]) -> int:
+def _own(command: str, arguments: list[str]) -> int:
     import tyro
 
-    from llmjax.commands.generate import Generate, generate
-
-    return generate(tyro.cli(Generate, args=arguments, prog="llmjax generate"))
-
-
-def _import(arguments: list[str]) -> int:
-    import tyro
-
-    from llmjax.commands.imports import Import, bring
-
-    return bring(tyro.cli(Import, args=arguments, prog="llmjax import"))
-
-
-def _export(arguments: list[str]) -> int:
-    import tyro
-
-    from llmjax.commands.exports import Export, export
-
-    return export(tyro.cli(Export, args=arguments, prog="llmjax export"))
-
-
-def _checkpoints(arguments: list[str]) -> int:
-    import tyro
-
-    from llmjax.commands.checkpoints import Options, checkpoints
-
-    return checkpoints(tyro.cli(Options, args=arguments, prog="llmjax checkpoints"))
+    name, options, call = OWN[command]
+    module = importlib.import_module(f"llmjax.commands.{name}")
+    return getattr(module, call)(tyro.cli(getattr(module, options), args=arguments, prog=f"llmjax {command}"))
 
 
 def _data(arguments: list[str]) -> int:
@@ -341,14 +318,6 @@ def _data(arguments: list[str]) -> int:
         raise Refused(f"data got {word} to do: {near}give build, stats or show, then the folder of a store.")
     options, call = kinds[word]
     return call(tyro.cli(options, args=arguments[1:], prog=f"llmjax data {word}"))
-
-
-def _goodput(arguments: list[str]) -> int:
-    import tyro
-
-    from llmjax.commands.goodput import Options, goodput
-
-    return goodput(tyro.cli(Options, args=arguments, prog="llmjax goodput"))
 
 
 def _replay(arguments: list[str]) -> int:
