@@ -48,6 +48,7 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     if hasattr(run.model, "sizes"):
         _check_model(run, axes)
     _check_pipeline(run, axes, accumulate)
+    _check_ahead(run)
 
 
 def check_chip(run: Run, chip: Chip) -> None:
@@ -69,6 +70,19 @@ def check_chip(run: Run, chip: Chip) -> None:
             f"loss_chunk is {run.loss_chunk}, but with pipeline.schedule 1f1b XLA's CPU devices can wait for each "
             f"other for ever: set it to 0, or choose gpipe or circular."
         )
+
+
+def _check_ahead(run: Run) -> None:
+    ahead = getattr(run.model, "ahead", 0)
+    if ahead and not hasattr(run.loss, "ahead"):
+        raise Refused(
+            f"model.ahead is {ahead}, but {type(run.loss).__name__} predicts the next token alone: set it to 0, or "
+            f"choose RoutedNextToken."
+        )
+    if ahead and run.pipeline.schedule == "1f1b" and "stage" in run.layout.axes():
+        raise Refused(f"model.ahead is {ahead}, which pipeline.schedule 1f1b does not do: choose gpipe or circular.")
+    if ahead >= run.sequence:
+        raise Refused(f"model.ahead is {ahead}, and a row has {run.sequence} tokens: give less.")
 
 
 def _check_dtype(run: Run) -> None:

@@ -87,6 +87,8 @@ def export(asked: Export) -> int:
         f"Exported step {step:,} of {home} to {asked.out}: {family.architecture}, {kind}, "
         f"{len(places):,} tensors, {memory(size)}, read back and found the same."
     )
+    if getattr(run.model, "ahead", 0):
+        Display().say("The layers that predict further tokens are left out, as transformers has no place for them.")
     return DONE
 
 

@@ -1,11 +1,12 @@
 """DeepSeek-V3: keys and values out of one latent, many small experts, first layers without (arXiv:2412.19437).
 
 Letters of its own: Q and M are the latents of queries and of keys and values; Z is M and the keys' rotary part; K is
-the width of queries and keys, N of keys without that part together with values, Y of values.
+the width of queries and keys, N of keys without that part together with values, Y of values; U is twice D.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from llmjax.errors import Refused
 from llmjax.models import nn, routers, shapes
 from llmjax.models.attention import attention, rope_angles, rotate
-from llmjax.models.llama import LlamaBlock, LlamaModel
+from llmjax.models.llama import LlamaBlock, LlamaModel, Sums
 from llmjax.models.mixtral import Mixtral, MixtralBlock
 from llmjax.models.shapes import Matrix
 
@@ -58,6 +59,8 @@ class DeepseekV3(Mixtral):
     "Rotate pairs (2k, 2k + 1) in place of (k, k + rotary / 2)."
     score_weight: float = 0.0
     "With YaRN, scores are multiplied by the square of its length with this weight; 0: they are not."
+    ahead: int = 0
+    "Tokens behind the next one that training predicts as well, a layer for each (section 2.2)."
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,6 +79,8 @@ class DeepseekV3(Mixtral):
             raise Refused(
                 f"model.top_k is {self.top_k}, more than {self.top_groups} groups have: give more top_groups."
             )
+        if self.ahead < 0:
+            raise Refused(f"model.ahead is {self.ahead}: give how many more tokens to predict, or 0 for none.")
 
     @property
     def turns(self) -> int:
@@ -84,21 +89,25 @@ class DeepseekV3(Mixtral):
 
     def sizes(self) -> nn.Sizes:
         own = dict(Z=self.latent + self.rotary, M=self.latent, N=self.head_dim - self.rotary + self.value_dim)
-        sizes = {**super().sizes(), **own, "Y": self.value_dim}
+        sizes = {**super().sizes(), **own, "Y": self.value_dim, "U": 2 * self.width}
         return {**sizes, "Q": self.query_latent} if self.query_latent else sizes
 
     def init(self, key: jax.Array) -> "DeepseekV3Model":
         return DeepseekV3Model(self, key, RoutedBlock)
 
     def matrices(self) -> shapes.Matrices:
-        part, met = self.turns / self.layers, self.top_k / self.experts
+        part, more, met = self.turns / self.layers, self.ahead / self.layers, self.top_k / self.experts
         queries = (Matrix("DQ"), Matrix("QHK")) if self.query_latent else (Matrix("DHK"),)
-        wide = part * self.shared + (1 - part) * self.dense_ff / self.ff  # feed-forwards of an expert's width
-        routed = Matrix("DE", part), Matrix("EDF", 2 * part, met), Matrix("EFD", part, met)
+        attention = *queries, Matrix("DZ"), Matrix("MHN"), Matrix("HYD")
+        wide = (part + more) * self.shared + (1 - part) * self.dense_ff / self.ff  # of an expert's width
+        routed = Matrix("DE", part + more), Matrix("EDF", 2 * (part + more), met), Matrix("EFD", part + more, met)
+        joined = (Matrix("UD", more),) if more else ()
+        ends = super().matrices()
         return {
-            **super().matrices(),
-            "attention": (*queries, Matrix("DZ"), Matrix("MHN"), Matrix("HYD")),
-            "mlp": (*routed, Matrix("DF", 2 * wide), Matrix("FD", wide)),
+            **ends,
+            "attention": tuple(dataclasses.replace(m, count=m.count * (1 + more)) for m in attention),
+            "mlp": (*routed, Matrix("DF", 2 * wide), Matrix("FD", wide), *joined),
+            "head": tuple(dataclasses.replace(m, share=1 + self.ahead) for m in ends["head"]),
         }
 
 
@@ -178,11 +187,56 @@ class RoutedBlock(LatentBlock, MixtralBlock):
         return choice._replace(share_BTJ=choice.share_BTJ * c.factor)
 
 
+class AheadBlock(RoutedBlock):
+    """A layer with experts over the stream joined with the embeddings of later tokens."""
+
+    def __init__(self, c: DeepseekV3, key: jax.Array):
+        own, key = jax.random.split(key)
+        super().__init__(c, key)
+        sizes = c.sizes()
+        self.later_scale_D = nn.full(1, "D", sizes)
+        self.stream_scale_D = nn.full(1, "D", sizes)
+        self.join_UD = nn.normal(own, "UD", sizes, (2 * c.width) ** -0.5)
+        self.final_scale_D = nn.full(1, "D", sizes)
+
+    def joined(self, x_BTD: jax.Array, later_BTD: jax.Array) -> jax.Array:
+        """What this layer begins with, of a stream and the embeddings of the tokens to go on from."""
+        later_BTD = nn.enter(nn.rms_norm(later_BTD, self.later_scale_D, self.c.epsilon))
+        x_BTD = nn.enter(nn.rms_norm(x_BTD, self.stream_scale_D, self.c.epsilon))
+        return nn.project("BTU,UD->BTD", jnp.concatenate([later_BTD, x_BTD], -1), self.join_UD)
+
+
 class DeepseekV3Model(LlamaModel):
-    """`tokens_BT -> logits_BTV`; see `nn.Decoder`. Its layers with experts count what `routers.sums` names."""
+    """`tokens_BT -> logits_BTV`; see `nn.Decoder`. Its layers with experts count what `routers.sums` names.
+
+    `ahead`, where it is there, are layers that only a loss calls: one after another they predict tokens further on.
+    """
 
     def add_layers(self, c: DeepseekV3, key: jax.Array, block: type[RoutedBlock]) -> None:
         before, own = jax.random.split(key)
         if c.dense:
             self.first = nn.stack(functools.partial(DenseBlock, c), before, c.dense, everywhere=True)
         self.blocks = nn.stack(functools.partial(block, c), own, c.layers - c.dense)
+        if c.ahead:
+            self.ahead = nn.stack(
+                functools.partial(AheadBlock, c), jax.random.fold_in(own, c.layers), c.ahead, everywhere=True
+            )
+
+    def beyond(
+        self, x_BTD: jax.Array, later_KBT: list[jax.Array], segments_BT: jax.Array | None
+    ) -> Iterator[tuple["DeepseekV3Model", jax.Array, Sums]]:
+        """For each further token: (the model with the head that predicts it, the stream, its layer's counts with an L).
+
+        `later_KBT[k]` are the tokens k + 1 behind each position, from which the one after them is predicted.
+        """
+        x_BTD = nn.rms_norm(x_BTD, self.final_scale_D, self.c.epsilon)
+        for k, later_BT in enumerate(later_KBT):
+            block = jax.tree.map(lambda weight, k=k: weight[k], self.ahead)
+            x_BTD = block.joined(x_BTD, self.embed(later_BT))
+            x_BTD, sums = nn.layers(
+                self.layer, jax.tree.map(lambda w, k=k: w[k : k + 1], self.ahead), x_BTD, segments_BT
+            )
+            ends = jax.tree.map(lambda weight: weight, self)  # a copy, whose head is behind another norm
+            ends.final_scale_D = block.final_scale_D
+            yield ends, x_BTD, sums
+            x_BTD = nn.rms_norm(x_BTD, block.final_scale_D, self.c.epsilon)

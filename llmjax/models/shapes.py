@@ -51,5 +51,6 @@ def flops_per_token(model: Any, sequence: int) -> tuple[float, float]:
     sizes, met = model.sizes(), 0.0
     for module, matrices in model.matrices().items():
         met += (model.layers if module in LAYER else 1) * sum(m.share * m.size(sizes) for m in matrices)
-    square = 6 * model.layers * sequence * sizes["H"] * (sizes["K"] + sizes.get("Y", sizes["K"]))
+    layers = model.layers + getattr(model, "ahead", 0)
+    square = 6 * layers * sequence * sizes["H"] * (sizes["K"] + sizes.get("Y", sizes["K"]))
     return 6 * met + square / 2 * seen(model, sequence), 6 * met + square

@@ -29,12 +29,29 @@ class RoutedNextToken:
     "Weight of log²(Z) of the router's logits (ST-MoE, arXiv:2202.08906)."
     bias_rate: float = 0.001
     "How far a step moves the bias of an expert with more or less than the mean load (arXiv:2408.15664)."
+    ahead: float = 0.3
+    "Weight of the mean loss of further tokens, where the model predicts any (arXiv:2412.19437, section 2.2)."
 
     def __call__(self, model: nnx.Module, batch: Batch) -> tuple[jax.Array, Sums]:
-        batch = jax.tree.map(nn.in_order, batch)
+        given, batch = batch, jax.tree.map(nn.in_order, batch)
         x_BTD, counted = nn.stream(model, batch["tokens"], batch.get("segments"))
-        (total, sums), (more, routed) = pieces.of_stream(self.of, model, x_BTD, batch), self.of_layers(counted)
+        total, sums = pieces.of_stream(self.of, model, x_BTD, batch)
+        if hasattr(model, "ahead"):
+            further, beyond = self.of_further(model, x_BTD, given)
+            counted = jax.tree.map(lambda x, more: jnp.concatenate([whole(x), whole(more)]), counted, beyond)
+            total, sums = total + self.ahead * further, sums | dict(ahead=further)
+        more, routed = self.of_layers(counted)
         return total + more, sums | routed
+
+    def of_further(self, model: nnx.Module, x_BTD: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(the mean over further tokens of their losses, what their layers counted), given the stream and the batch."""
+        later = [jax.tree.map(nn.in_order, behind(batch, k + 1)) for k in range(model.c.ahead)]
+        total, counted, tokens = 0.0, [], [each["tokens"] for each in later]
+        beyond = model.beyond(x_BTD, tokens, later[0].get("segments"))
+        for each, (ends, y_BTD, sums) in zip(later, beyond, strict=True):
+            total += pieces.of_stream(self.of, ends, y_BTD, each)[0]
+            counted.append(sums)
+        return total / len(later), jax.tree.map(lambda *each: jnp.concatenate(each), *counted)
 
     def of(self, logits_BTV: jax.Array, batch: Batch) -> tuple[jax.Array, Sums]:
         """The loss of these logits; the batch is in their order."""
@@ -44,15 +61,18 @@ class RoutedNextToken:
         """The loss of what the layers counted, each with a leading L."""
         sums = {name: jnp.sum(counted[name]) for name in ("dropped", "balance", "router_z")}
         loss = self.balance * sums["balance"] + self.router_z * sums["router_z"]
-        load_LE = jax.reshard(counted["load_E"], jax.P(None, None))  # every process can read it
-        return loss, dict(load_LE=load_LE, **sums)
+        return loss, dict(load_LE=whole(counted["load_E"]), **sums)
 
     def rebalance(self, model: nnx.Module, sums: Sums) -> nnx.Module:
         """The model with its routers' biases moved towards an even load, given the sums of a whole step."""
 
         def moved(path, x):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            return routers.rebalanced(x, sums["load_LE"], self.bias_rate) if "router_bias_E" in name else x
+            if "router_bias_E" not in name:
+                return x
+            load_LE = sums["load_LE"]
+            own_LE = load_LE[-len(x) :] if name.startswith("ahead.") else load_LE[: len(x)]
+            return routers.rebalanced(x, own_LE, self.bias_rate)
 
         return jax.tree_util.tree_map_with_path(moved, model)
 
@@ -60,7 +80,8 @@ class RoutedNextToken:
         """What the records say of a step over so many tokens.
 
         dropped: share of choices that found no slot · load_max: of the fullest expert, in multiples of its layer's mean
-        · balance and router_z: per token, mean over layers · load: choices per expert, a list for every layer.
+        · balance and router_z: per token, mean over layers · load: choices per expert, a list for every layer
+        · ahead: nats per further token, where there are any, whose layers come last.
         """
         load_LE = np.asarray(sums["load_LE"], np.float64)
         per_token = 1 / (tokens * len(load_LE))
@@ -70,9 +91,25 @@ class RoutedNextToken:
             balance=float(sums["balance"]) * per_token,
             router_z=float(sums["router_z"]) * per_token,
             load=load_LE.astype(int).tolist(),
+            **({"ahead": float(sums["ahead"]) / tokens} if "ahead" in sums else {}),
         )
 
     @property
     def held_out(self) -> NextToken:
         """The loss that evaluation reports: the cross-entropy alone."""
         return NextToken()
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """The same on every device, so that every process can read it."""
+    return jax.reshard(x, jax.P(*[None] * x.ndim))
+
+
+def behind(batch: Batch, k: int) -> Batch:
+    """What each position would see k tokens later; there is no target beyond the end of its row or of its segment."""
+    moved = jax.tree.map(lambda x: jnp.roll(x, -k, 1), batch)
+    there = jnp.arange(batch["tokens"].shape[1])[None] < batch["tokens"].shape[1] - k
+    if "segments" in batch:
+        there = there & (moved["segments"] == batch["segments"])
+        moved["segments"] = batch["segments"]
+    return moved | dict(weights=moved["weights"] * there)

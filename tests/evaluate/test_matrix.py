@@ -52,6 +52,7 @@ MODELS = {
     "gemma3": (Gemma3(kv_heads=2, window=5, every=2, **SMALL | dict(layers=5)), NextToken()),
     "gpt_oss": (GptOss(window=5, **EXPERTS | dict(layers=4)), RoutedNextToken()),
     "deepseek_v3": (DeepseekV3(**DEEPSEEK), RoutedNextToken(balance=1e-4)),
+    "further": (DeepseekV3(ahead=2, **DEEPSEEK), RoutedNextToken(balance=1e-4)),
     "slots": (Mixtral(router="sigmoid", shared=1, capacity=1.25, **EXPERTS), RoutedNextToken(balance=1e-4)),
 }
 DENSE = tuple(axis for axis in AXES if axis != "expert")
@@ -154,6 +155,14 @@ def test_every_family_cut_in_three_ways(model, capfd):
 def test_every_family_in_stages_and_with_the_sequence_cut(model, layout, axis, capfd):
     if axis != "expert" or hasattr(MODELS[model][0], "experts"):
         shows_the_numbers_of_one_device(model, layout, capfd, fsdp=2, **{axis: 2})
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes"),
+    [("fsdp_tp_sp", ("fsdp", "tensor")), pytest.param("ring_pp", ("stage", "context"), marks=pytest.mark.slow)],
+)
+def test_predicting_further_tokens(layout, axes, capfd):
+    shows_the_numbers_of_one_device("further", layout, capfd, **dict.fromkeys(axes, 2))
 
 
 @pytest.mark.parametrize(("model", "axes"), [("slots", ("stage", "fsdp", "expert")), ("experts", ("stage", "tensor"))])

@@ -82,7 +82,7 @@ def test_g2_random_faults_for_ten_minutes_cost_no_step_and_leave_nothing_behind(
     ports, faults, began = listening(), 0, time.monotonic()
     sizes: list[int] = []
     patch = f"import os, tempfile\nos.environ['TMPDIR'] = tempfile.tempdir = {str(temporary)!r}\n"
-    words = ("supervise", "--pause", "0.1", "--tries", "9", "--", "train", "slow.py", *FEW, "--name", "G2")
+    words = ("supervise", "--pause", "0.1", "--tries", "99", "--", "train", "slow.py", *FEW, "--name", "G2")
     with place.started(*words, patch=patch) as process:
         while process.poll() is None:
             time.sleep(draw.uniform(0.5, 1.5) * EVERY)
