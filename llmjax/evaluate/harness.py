@@ -148,7 +148,7 @@ def scores(tasks: Loaded, judge: Judge, limit: int = 0) -> Scores | None:
         return None
     except Refused:
         raise
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+    except Exception as error:  # of a template, of a task's own code, of lm-eval
         if not _theirs(error):
             raise
         raise Refused(
@@ -187,7 +187,7 @@ def ask(
 
 
 def _theirs(error: BaseException) -> bool:
-    """Whether an error was raised in a task's own code or lm-eval's, and not in ours."""
+    """Whether an error was raised in a task's own code or lm-eval's, and not while the model answered."""
     frames, trace = [], error.__traceback__
     while trace:
         frames.append(trace.tb_frame.f_globals.get("__name__", ""))
