@@ -160,10 +160,12 @@ def show_heldout(facts: dict[str, Any], display: Display) -> None:
             span = "" if low is None else f"{form.format(low)} to {form.format(high)}"
             lines.append([label, form.format(value), span])
     display.table(["held-out text", "value", "95 % interval"], lines)
-    few = "" if facts["clusters"] >= interval.FEWEST else ", too few for an interval"
-    display.say(
-        f"Over {facts['targets']:,.0f} tokens in {facts['rows']:,} rows of {facts['clusters']:,} documents{few}."
-    )
+    many, over = facts["documents"], "documents"
+    if facts["stretches"]:
+        over = f"documents; intervals are over {facts['stretches']} stretches of rows"
+    elif many < interval.FEWEST:
+        over = "documents, too few for an interval"
+    display.say(f"Over {facts['targets']:,.0f} tokens in {facts['rows']:,} rows of {many:,} {over}.")
 
 
 def show_scores(found: Any, display: Display) -> None:

@@ -125,7 +125,8 @@ def _load(known: TaskManager, name: str) -> Loaded:
             found = known.load([name])
     except Exception as error:  # yaml, datasets and lm-eval each have their own
         raise Refused(
-            f"tasks has {name}, which cannot be loaded ({_why(error)}): put its file, or its data, right.", DATA
+            f"tasks has {name}, which cannot be loaded ({_why(error)}): put its file right, or bring its data here.",
+            DATA,
         ) from error
     return found
 

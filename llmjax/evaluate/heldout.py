@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+STRETCHES = 20  # of consecutive rows, where documents are too few: text that is far apart is nearly another draw
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Texts:
     """Whole texts as rows of T tokens, all of them held out; each text is preceded by the end of text."""
@@ -124,10 +127,15 @@ def judged(measured: Measured, dataset: Any) -> dict[str, Any]:
 
     `loss` in nats per target · `perplexity`, its exponential · `bits_per_byte`, where the bytes of the text are known,
     with tokens per byte taken as they are · `right`: the share of targets that are the model's likeliest token.
+    An interval is over documents or, of too few, over `stretches` of consecutive rows.
     """
+    count = len(np.unique(measured.cluster_N[measured.weight_N > 0]))
+    stretches = count < interval.FEWEST and len(measured.weight_N) >= 2 * STRETCHES
+    cluster_N = np.arange(len(measured.weight_N)) * STRETCHES // len(measured.weight_N)
+    cluster_N = cluster_N if stretches else measured.cluster_N
 
     def ratio(total_N):
-        low, high = interval.of_ratio(total_N, measured.weight_N, measured.cluster_N) or (None, None)
+        low, high = interval.of_ratio(total_N, measured.weight_N, cluster_N) or (None, None)
         return dict(value=float(total_N.sum() / measured.weight_N.sum()), low=low, high=high)
 
     def mapped(change, numbers):
@@ -139,5 +147,5 @@ def judged(measured: Measured, dataset: Any) -> dict[str, Any]:
         bits = dataset.heldout_tokens / dataset.heldout_bytes / math.log(2)
         facts["bits_per_byte"] = mapped(lambda x: x * bits, loss)
     facts["right"] = ratio(measured.weight_N - measured.missed_N)
-    clusters = len(np.unique(measured.cluster_N[measured.weight_N > 0]))
-    return facts | dict(targets=float(measured.weight_N.sum()), rows=len(measured.weight_N), clusters=clusters)
+    facts |= dict(targets=float(measured.weight_N.sum()), rows=len(measured.weight_N), documents=count)
+    return facts | dict(stretches=STRETCHES if stretches else 0)

@@ -8,7 +8,7 @@ from judging import RUN, judging, program, weights
 from llmjax.data.batches import place
 from llmjax.data.tokenizer import Bytes
 from llmjax.errors import DATA, Refused
-from llmjax.evaluate import heldout
+from llmjax.evaluate import heldout, interval
 
 WORDS = ["a quick brown fox", "jumps", "over", "the lazy dog", "again and again " * 8, "ä€", "end"]
 
@@ -77,7 +77,20 @@ def test_numbers_follow_from_the_sums(dataset):
     for name in ("loss", "perplexity", "bits_per_byte", "right"):
         assert facts[name]["low"] < facts[name]["value"] < facts[name]["high"]
     assert facts["perplexity"]["low"] == pytest.approx(np.exp(facts["loss"]["low"]))
-    assert (facts["targets"], facts["rows"], facts["clusters"]) == (dataset.heldout_tokens, count, count)
+    assert (facts["targets"], facts["rows"], facts["documents"]) == (dataset.heldout_tokens, count, count)
+    assert facts["stretches"] == 0
+
+
+@pytest.mark.parametrize(("rows", "stretches"), [(39, 0), (200, 20)])
+def test_one_long_document_has_an_interval_over_stretches_of_it(dataset, rows, stretches):
+    drift_N, weight_N = np.sin(np.arange(rows) / 8), np.full(rows, 64.0)  # rows that are near are alike
+    nats_N = weight_N * (2 + drift_N)
+    facts = heldout.judged(heldout.Measured(nats_N, nats_N, weight_N, np.zeros(rows, int)), dataset)
+    assert (facts["documents"], facts["stretches"]) == (1, stretches)
+    assert (facts["loss"]["low"] is None) == (not stretches)
+    if stretches:
+        by_rows = interval.of_ratio(nats_N, weight_N, np.arange(rows))
+        assert facts["loss"]["low"] < by_rows[0] and facts["loss"]["high"] > by_rows[1]
 
 
 def test_a_text_that_cannot_be_read_is_refused(tmp_path):
