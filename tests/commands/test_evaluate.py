@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from place import prepared
+from place import Place, prepared
 
 from llmjax import cli
 from llmjax.commands import evaluate as command
@@ -231,3 +231,23 @@ def test_a_run_json_cannot_have_task_files_run_but_names_of_tasks_it_can(folder,
     named = dataclasses.replace(run, eval=Evaluation(("hellaswag",), tasks_every=4))
     path.write_text(json.dumps(to_json(named)))
     assert cli._experiment([str(path)], "")[0].eval == named.eval
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_two_processes_score_as_one_does(folder):
+    place, name = Place(folder), "task/local/bits_per_byte"
+    task = (
+        TASK.format(folder=folder).replace("multiple_choice", "loglikelihood_rolling").replace("acc", "bits_per_byte")
+    )
+    (folder / "rolling.yaml").write_text(
+        task.replace("doc_to_target: 0", 'doc_to_target: "{{choices[0]}} {{choices}}"')
+    )
+    words = ("train", "text.py", "--steps", "8", "--save-every", "0", "--eval.tasks", "rolling.yaml")
+    together = place.run("launch", "--processes", "2", "--devices", "2", *words, "--layout", "fsdp", "--name", "two")
+    alone = place.run(*words, "--name", "one")
+    assert (together.code, alone.code) == (DONE, DONE), together.err + alone.err
+    two, one = (
+        next(line[name] for line in read(place.runs / run / "metrics.jsonl") if name in line) for run in ("two", "one")
+    )
+    assert two == pytest.approx(one, rel=1e-4)
