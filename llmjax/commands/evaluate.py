@@ -160,12 +160,13 @@ def show_heldout(facts: dict[str, Any], display: Display) -> None:
             span = "" if low is None else f"{form.format(low)} to {form.format(high)}"
             lines.append([label, form.format(value), span])
     display.table(["held-out text", "value", "95 % interval"], lines)
-    many, over = facts["documents"], "documents"
+    many, over = facts["documents"], ""
     if facts["stretches"]:
-        over = f"documents; intervals are over {facts['stretches']} stretches of rows"
+        over = f"; intervals are over {facts['stretches']} stretches of rows"
     elif many < interval.FEWEST:
-        over = "documents, too few for an interval"
-    display.say(f"Over {facts['targets']:,.0f} tokens in {facts['rows']:,} rows of {many:,} {over}.")
+        over = ", too few for an interval"
+    texts = f"{many:,} document{'' if many == 1 else 's'}"
+    display.say(f"Over {facts['targets']:,.0f} tokens in {facts['rows']:,} rows of {texts}{over}.")
 
 
 def show_scores(found: Any, display: Display) -> None:
