@@ -23,6 +23,7 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     for field, least in _LEAST.items():
         if not getattr(run, field) >= least:
             raise Refused(f"{field} is {getattr(run, field)}: give at least {least}.")
+    _check_evaluation(run)
     _check_dtype(run)
     _check_parameters(run)
     _check_guard(run)
@@ -83,6 +84,16 @@ def _check_ahead(run: Run) -> None:
         raise Refused(f"model.ahead is {ahead}, which pipeline.schedule 1f1b does not do: choose gpipe or circular.")
     if ahead >= run.sequence:
         raise Refused(f"model.ahead is {ahead}, and a row has {run.sequence} tokens: give less.")
+
+
+def _check_evaluation(run: Run) -> None:
+    for field in ("tasks_every", "tasks_limit"):
+        if not getattr(run.eval, field) >= 0:
+            raise Refused(f"eval.{field} is {getattr(run.eval, field)}: give at least 0.")
+    if run.eval.tasks_every and not run.eval.tasks:
+        raise Refused(
+            f"eval.tasks_every is {run.eval.tasks_every}, but there are no tasks: name some with --eval.tasks."
+        )
 
 
 def _check_dtype(run: Run) -> None:

@@ -28,6 +28,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax import FOLDER [--name NAME]              make a run of a Hugging Face checkpoint
   llmjax export RUN FOLDER [--dtype bfloat16]     write a run's weights as a Hugging Face checkpoint
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
+  llmjax evaluate RUN [--data PATH] [--tasks …]   loss on held-out text, or scores in tasks of lm-eval
   llmjax checkpoints RUN [--verify]               list a run's checkpoints; read them back
   llmjax goodput RUN                              where a run's wall time went
   llmjax replay RUN --step N                      take a step again and see where it stops being finite
@@ -45,13 +46,14 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "import", "export", "generate", "checkpoints", "goodput", "replay", "launch", "supervise",
-            "parity", "plan", "data", "bench", "experiments", "meshes")  # fmt: skip
+COMMANDS = ("train", "import", "export", "generate", "evaluate", "checkpoints", "goodput", "replay", "launch",
+            "supervise", "parity", "plan", "data", "bench", "experiments", "meshes")  # fmt: skip
 # Commands with options of their own alone: module of llmjax.commands, options, what runs them. Imported when asked for.
 OWN = {
     "import": ("imports", "Import", "bring"),
     "export": ("exports", "Export", "export"),
     "generate": ("generate", "Generate", "generate"),
+    "evaluate": ("evaluate", "Options", "evaluate"),
     "checkpoints": ("checkpoints", "Options", "checkpoints"),
     "goodput": ("goodput", "Options", "goodput"),
 }
@@ -148,8 +150,22 @@ def _dispatch(command: str, arguments: list[str]) -> int:
 def _experiment(arguments: list[str], default: str) -> tuple["Run", list[str]]:
     """The experiment that the arguments begin with, or the default one, and the other arguments."""
     if arguments and not arguments[0].startswith("-"):
-        return load(arguments[0]), arguments[1:]
+        run = load(arguments[0])
+        if arguments[0].endswith(".json") and "--eval.tasks" not in arguments:
+            run = _without_task_files(run, arguments[0])
+        return run, arguments[1:]
     return load(default), arguments
+
+
+def _without_task_files(run: "Run", source: str) -> "Run":
+    """The run of a run.json, which may be another's, without what could run code that lies beside a task file."""
+    if not any(name.endswith((".yaml", ".yml")) for name in run.eval.tasks):
+        return run
+    named = " ".join(run.eval.tasks)
+    print(
+        f"llmjax: {source} names task files, which may run code: add --eval.tasks {named} to ask them.", file=sys.stderr
+    )
+    return dataclasses.replace(run, eval=type(run.eval)())
 
 
 def _from(run: "Run", arguments: list[str]) -> tuple["Run", list[str]]:

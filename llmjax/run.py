@@ -85,6 +85,18 @@ class Remat:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Tasks of lm-eval that a run is asked on its way and at its end; they need the extra `evaluate`."""
+
+    tasks: tuple[str, ...] = ()
+    "Names of lm-eval's tasks, or task files (.yaml)."
+    tasks_every: int = 0
+    "Steps between two times that they are asked; 0: only at the end."
+    tasks_limit: int = 0
+    "Questions of each task that are asked; 0: all."
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A training run. The same value gives the same numbers on every mesh.
 
@@ -144,6 +156,7 @@ class Run:
     "Steps between evaluations on held-out data; 0: only at the end."
     eval_rows: int = 64
     "Held-out sequences of an evaluation on the way; the last one uses all."
+    eval: Evaluation = Evaluation()
     save_every: int = 0
     "Steps between checkpoints; 0: only at the end or when interrupted."
     save_minutes: float = 0.0
@@ -174,7 +187,7 @@ class Run:
 
 # What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
 FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumulate", "attention", "remat",
-                  "offload_optimizer", "unroll", "loss_chunk", "guard", "eval_every", "eval_rows", "save_every",
+                  "offload_optimizer", "unroll", "loss_chunk", "guard", "eval_every", "eval_rows", "eval", "save_every",
                   "save_minutes", "keep", "keep_every", "keep_best", "prompts", "accept_data", "runs"})  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """From a Run to a trained model: set up, resume, train, evaluate, complete the prompts, sum up."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -78,6 +79,7 @@ def train(
         display.say(next_steps(run))
         return DONE
     dataset = open_data(program, display, jax.process_index() == 0)
+    tasks = questions(program, dataset)
     with recording(program, folder, display, spent, heartbeat) as ledger:
         spent.mark("start")
         state, start = restore(program, dataset, ledger)
@@ -95,7 +97,7 @@ def train(
             process_began=time.time() - spent.elapsed(),
         )  # fmt: skip
         ledger.account(now=True)
-        return to_the_end(program, state, start, dataset, ledger, stop)
+        return to_the_end(program, state, start, dataset, ledger, stop, tasks)
 
 
 @contextlib.contextmanager
@@ -116,15 +118,23 @@ def recording(program: Program, folder: Path, display: Display, spent: Spent, he
         yield Ledger(display, checkpoints, records, spent, heartbeat)
 
 
-def to_the_end(program: Program, state: State, start: int, dataset, ledger: Ledger, stop: Callable[[], bool]) -> int:
+def to_the_end(
+    program: Program,
+    state: State,
+    start: int,
+    dataset,
+    ledger: Ledger,
+    stop: Callable[[], bool],
+    tasks: loop.Tasks | None = None,
+) -> int:
     """Trains from step `start`, saves, and, unless it was asked to stop, evaluates and sums up; the exit code."""
     run, spent, display = program.run, ledger.spent, ledger.display
-    state, done = steps(program, state, start, dataset, ledger, stop)
+    state, done = steps(program, state, start, dataset, ledger, stop, tasks)
     loop.save(program, state, done, dataset, ledger, last=True)
     ledger.checkpoints.wait()
     spent.mark("save")
     facts = loop.evaluate(program, state, dataset, ledger, done, stop=stop) if done == run.steps else None
-    if facts is None:
+    if facts is None or (tasks and loop.ask(state, ledger, done, tasks, stop=stop) is None):
         ledger.account(now=True)
         ledger.event("stop", step=done)
         display.say(f"Stopped and saved after step {done:,} of {run.steps:,}: run the same command to continue.")
@@ -149,13 +159,21 @@ def acceptable(run: Run) -> None:
         )
 
 
-def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, stop: Callable[[], bool]):
+def steps(
+    program: Program,
+    state: State,
+    start: int,
+    dataset,
+    ledger: Ledger,
+    stop: Callable[[], bool],
+    tasks: loop.Tasks | None = None,
+):
     """The loop, from checkpoint to checkpoint where bad steps make the run go back."""
     guard, rewinds = program.run.guard, Counter()
     while True:
         left_out = system.share(sorted(skipped(program.run, program.run.folder() if ledger.records else None)))
         try:
-            return loop.steps(program, state, start, dataset, ledger, stop, frozenset(left_out))
+            return loop.steps(program, state, start, dataset, ledger, stop, frozenset(left_out), tasks)
         except loop.Rewind as bad:
             step = bad.step
         del state  # before another one takes its place
@@ -273,6 +291,22 @@ def open_data(program: Program, display: Display, first: bool):
             DATA,
         )
     return dataset
+
+
+def questions(program: Program, dataset) -> loop.Tasks | None:
+    """What asks the run's tasks, with their data at hand; None where it has none.
+
+    Raises:
+      Refused: there is no text to ask in, lm-eval is not installed, or a task cannot be had.
+    """
+    wanted = program.run.eval
+    if not wanted.tasks:
+        return None
+    if dataset.tokenizer is None:
+        raise Refused(f"eval.tasks is {', '.join(wanted.tasks)}, but the run's data is no text: leave the tasks out.")
+    from llmjax.evaluate import harness
+
+    return functools.partial(harness.ask, program, dataset.tokenizer, harness.load(wanted.tasks), wanted.tasks_limit)
 
 
 def header(program: Program, state: State, dataset, start: int, display: Display) -> None:

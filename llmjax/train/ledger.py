@@ -15,7 +15,7 @@ from llmjax import redact
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.errors import IO, Refused
 from llmjax.train.display import Display
-from llmjax.train.records import Records, read
+from llmjax.train.records import LOSS, Records, holds, read
 from llmjax.train.spent import Spent
 
 BETWEEN = 10.0  # seconds, at most, between two lines that say what the time was spent on
@@ -66,10 +66,10 @@ class Ledger:
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(redact.tree(facts), indent=1) + "\n", encoding="utf-8")
 
-    def evaluated(self, step: int) -> bool:
-        """Whether the records, where there are any, have an evaluation after so many steps."""
+    def evaluated(self, step: int, kind: str = LOSS) -> bool:
+        """Whether the records, where there are any, have an evaluation of a kind after so many steps."""
         return self.records is not None and any(
-            line["step"] == step and "eval_loss" in line for line in read(self.records.folder / "metrics.jsonl")
+            line["step"] == step and holds(line, kind) for line in read(self.records.folder / "metrics.jsonl")
         )
 
     def account(self, *, now: bool = False) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 import llmjax
 from llmjax import processes
@@ -24,8 +25,13 @@ from llmjax.run import FREE, Run, fingerprint, to_json
 from llmjax.train import blackbox, corruption, diloco
 from llmjax.train.ledger import Ledger
 from llmjax.train.program import Program
+from llmjax.train.records import TASK
 from llmjax.train.step import State
 from llmjax.train.timed import Timed
+
+SHOWN = 12  # scores of tasks on the terminal
+# Of a model, and of whether to stop: scores of tasks under names that begin with TASK, None where it stopped.
+Tasks = Callable[[nnx.Module, Callable[[], bool]], dict[str, float] | None]
 
 
 class Rewind(Exception):
@@ -54,11 +60,12 @@ def steps(
     ledger: Ledger,
     stop: Callable[[], bool],
     left_out: Set[int] = frozenset(),
+    tasks: Tasks | None = None,
 ) -> tuple[State, int]:
     """Trains from step `start`; returns the state and the number of steps done when the run ends or must stop.
 
     `stop` says, alike on every process, whether it was asked to; `left_out` are the steps, counted from 1, whose
-    batches are not used.
+    batches are not used; `tasks` asks the run's tasks.
 
     Raises:
       Refused: a step was bad and the run's guard does not bear it.
@@ -78,6 +85,9 @@ def steps(
         missed = start and evaluates(run, start) and not processes.share(ledger.evaluated(start))
         if missed and evaluate(program, state, dataset, ledger, start, rows=run.eval_rows, stop=stop) is None:
             return state, start
+        missed = start and asks(run, start) and not processes.share(ledger.evaluated(start, TASK))
+        if missed and ask(state, ledger, start, tasks, stop=stop) is None:
+            return state, start
         for step, batch, waited_ms in batches:
             if batch is None:
                 state = program.pass_over(report.settle(state))
@@ -86,7 +96,7 @@ def steps(
                 state = report.take(state, step, batch, waited_ms)
             done = step + 1
             saves = due(done, run.save_every)
-            if saves or evaluates(run, done) or clock.looks(done) or done == run.steps:
+            if saves or evaluates(run, done) or asks(run, done) or clock.looks(done) or done == run.steps:
                 state = report.settle(state)
             if due(done, run.guard.replicas):  # before what is wrong could be saved
                 corruption.replicas(state.model, program.mesh)
@@ -96,6 +106,8 @@ def steps(
             if (clock.due(done) or saves) and done < run.steps:
                 clock.saved(done)
                 save(program, state, done, dataset, ledger, evaluated or {})
+            if asks(run, done):  # after the save, as it may take long
+                ask(state, ledger, done, tasks, stop=stop)
             if stop():
                 break
         state = report.settle(state)
@@ -118,6 +130,11 @@ def due(step: int, every: int) -> bool:
 def evaluates(run: Run, done: int) -> bool:
     """Whether the run evaluates after so many steps, on its way."""
     return due(done, run.eval_every) and done < run.steps
+
+
+def asks(run: Run, done: int) -> bool:
+    """Whether the run asks its tasks after so many steps, on its way."""
+    return bool(run.eval.tasks) and due(done, run.eval.tasks_every) and done < run.steps
 
 
 class Reporter:
@@ -272,6 +289,28 @@ def evaluate(
     bits = f"  {facts['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in facts else ""
     ledger.display.say(f"step {step}: held-out loss {facts['eval_loss']:.4f}{bits}  ({weight:,.0f} targets)")
     return facts
+
+
+def ask(
+    state: State, ledger: Ledger, step: int, tasks: Tasks, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """Scores of the run's tasks, under the names that the records have; None if it was asked to stop."""
+
+    def stopped() -> bool:
+        ledger.heartbeat(step, "evaluate")
+        return stop()
+
+    ledger.spent.mark("steps")
+    found = tasks(state.model, stopped)
+    ledger.spent.mark("evaluate")
+    if found is None:
+        return None
+    ledger.metrics(step=step, **found)
+    ledger.account(now=True)
+    shown = [f"{name.removeprefix(TASK)} {x:.4g}" for name, x in found.items() if not name.endswith("_stderr")]
+    more = f" and {len(shown) - SHOWN} more in metrics.jsonl" if len(shown) > SHOWN else ""
+    ledger.display.say(f"step {step}: {', '.join(shown[:SHOWN])}{more}")
+    return found
 
 
 @functools.cache

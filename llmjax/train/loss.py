@@ -5,6 +5,7 @@ however the batch is cut.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,7 @@ class NextToken:
     "Weight of log²(Z), which keeps logits from drifting (arXiv:2204.02311, section 5)."
 
     def __call__(self, model: nnx.Module, batch: Batch) -> tuple[jax.Array, Sums]:
-        batch = jax.tree.map(nn.in_order, batch)
-        if not nn.how().chunk:  # then a model need be no nn.Decoder
-            return self.of(model(batch["tokens"], batch.get("segments")), batch)
-        x_BTD, _ = nn.stream(model, batch["tokens"], batch.get("segments"))
-        return pieces.of_stream(self.of, model, x_BTD, batch)
+        return of_model(self.of, model, batch)
 
     def of(self, logits_BTV: jax.Array, batch: Batch) -> tuple[jax.Array, Sums]:
         """The loss of these logits; the batch is in their order."""
@@ -46,6 +43,15 @@ class NextToken:
     def held_out(self) -> "NextToken":
         """The loss that evaluation reports: the cross-entropy alone."""
         return NextToken()
+
+
+def of_model(of: Callable, model: nnx.Module, batch: Batch) -> tuple[jax.Array, Sums]:
+    """`of(logits_BTV, batch)`, with the batch in the order of the logits, in pieces as `pieces.of_stream` says."""
+    batch = jax.tree.map(nn.in_order, batch)
+    if not nn.how().chunk:  # then a model need be no nn.Decoder
+        return of(model(batch["tokens"], batch.get("segments")), batch)
+    x_BTD, _ = nn.stream(model, batch["tokens"], batch.get("segments"))
+    return pieces.of_stream(of, model, x_BTD, batch)
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

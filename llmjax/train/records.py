@@ -10,6 +10,8 @@ from typing import Any
 from llmjax import reading, redact
 from llmjax.errors import DATA, Refused
 
+LOSS, TASK = "eval_loss", "task/"  # what names begin with in a line of an evaluation, by its kind
+
 
 class Records:
     """Appends to the records in a run directory; a resource, to be used in a `with`."""
@@ -33,13 +35,17 @@ class Records:
                 file.close()
 
     def rewind(self, step: int, end: int | None = None) -> list[dict[str, Any]]:
-        """Drops, and returns, the metrics of what will be done again: steps after `step`, and the evaluation of `end`.
+        """Drops, and returns, the metrics of what will be done again: steps after `step`, and evaluations of `end`.
 
         A run killed between its last evaluation and the end of its records evaluates once more.
         """
         self._metrics.close()
         path = self.folder / "metrics.jsonl"
-        again = [line for line in read(path) if line["step"] > step or (line["step"] == end and "eval_loss" in line)]
+        again = [
+            line
+            for line in read(path)
+            if line["step"] > step or (line["step"] == end and (holds(line, LOSS) or holds(line, TASK)))
+        ]
         write(path, [line for line in read(path) if line not in again])
         self._metrics = path.open("a", encoding="utf-8", buffering=1)
         self._start = step
@@ -79,6 +85,11 @@ class Records:
         """One line of events.jsonl: what happened, and when (seconds since 1970)."""
         self._events.write(json.dumps(redact.tree(dict(kind=kind, time=time.time(), **facts))) + "\n")
         os.fsync(self._events.fileno())
+
+
+def holds(line: dict[str, Any], kind: str) -> bool:
+    """Whether a line of metrics.jsonl is of an evaluation of this kind."""
+    return any(name.startswith(kind) for name in line)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
