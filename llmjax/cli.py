@@ -337,9 +337,9 @@ def _data(arguments: list[str]) -> int:
 
 
 def _replay(arguments: list[str]) -> int:
-    from llmjax.commands.generate import find
     from llmjax.commands.replay import Options, replay
     from llmjax.run import read
+    from llmjax.rundir import find
 
     if not arguments or arguments[0].startswith("-"):
         raise Refused("replay needs the name of a run, or its directory, first: llmjax replay RUN --step N.")

@@ -9,8 +9,8 @@ import tyro
 from llmjax.checkpoint import manifest
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.checkpoint.folder import ignored
-from llmjax.commands.generate import find
 from llmjax.errors import DATA, DONE, Refused
+from llmjax.rundir import find
 from llmjax.train.display import Display, duration, memory
 
 

@@ -17,7 +17,7 @@ import tyro
 
 from llmjax.checkpoint.checkpoints import Checkpoints, like, named
 from llmjax.checkpoint.manifest import sync
-from llmjax.commands.generate import choose_step, find
+from llmjax.commands.generate import choose_step
 from llmjax.commands.imports import KEPT, laid_out
 from llmjax.data.tokenizer import end_of_text, load
 from llmjax.errors import DONE, IO, Refused
@@ -27,6 +27,7 @@ from llmjax.interop.configs import Family, Json
 from llmjax.interop.safetensors import Entry
 from llmjax.interop.weights import Weight
 from llmjax.run import Run, read
+from llmjax.rundir import find
 from llmjax.train.display import Display, memory
 
 DTYPES = dict(float32=np.dtype(np.float32), bfloat16=np.dtype(ml_dtypes.bfloat16))

@@ -1,20 +1,19 @@
 """`llmjax generate`: text from any checkpoint of any run."""
 
-import contextlib
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from llmjax import mesh as meshes
-from llmjax import names, processes, reading
+from llmjax import names, processes
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.data.tokenizer import end_of_text, load
-from llmjax.errors import DATA, DONE, Refused, did_you_mean
+from llmjax.errors import DATA, DONE, Refused
 from llmjax.evaluate.generate import Sampling, check, complete
 from llmjax.mesh import Axes
 from llmjax.run import read
+from llmjax.rundir import find
 from llmjax.train.display import Display
 from llmjax.train.program import make, resolve
 from llmjax.train.resume import read_weights
@@ -60,28 +59,6 @@ def generate(asked: Generate) -> int:
     for prompt, tokens in zip(asked.prompt, new, strict=True):
         display.sample(prompt, tokenizer.decode(tokens))
     return DONE
-
-
-def find(name: str, runs: str) -> Path:
-    """The directory of a run given by name or path."""
-    for folder in (Path(runs) / name, Path(name)):
-        with contextlib.suppress(OSError, ValueError):  # a name too long for a folder, or of characters that none has
-            if (folder / "run.json").is_file():
-                own(folder)
-                return folder
-    near = did_you_mean(name, sorted(p.parent.name for p in Path(runs).glob("*/run.json")))
-    raise Refused(f"there is no run {name!r} in {runs}: {near}train one with llmjax train, or name its folder.")
-
-
-def own(folder: Path) -> None:
-    """Refuses a run directory with a symbolic link in it, which could have files elsewhere read or overwritten.
-
-    `checkpoints` may itself be one, and says on its own which entries it leaves alone.
-    """
-    if found := reading.links(folder, beside={"checkpoints"}):
-        raise Refused(
-            f"{folder / found} is a symbolic link, which no run writes: put what it means in its place.", DATA
-        )
 
 
 def choose_step(checkpoints: Checkpoints, step: int, folder: Path) -> int:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import tyro
 
-from llmjax.commands.generate import find
 from llmjax.errors import DATA, DONE, Refused
 from llmjax.report.goodput import WORDS, of
+from llmjax.rundir import find
 from llmjax.train.display import Display, duration
 from llmjax.train.records import read
 

@@ -12,7 +12,6 @@ import tyro
 from llmjax import mesh as meshes
 from llmjax import names, processes
 from llmjax.checkpoint.checkpoints import Checkpoints, like
-from llmjax.commands.generate import find
 from llmjax.commands.train import acceptable, claim
 from llmjax.data.dataset import Text
 from llmjax.data.tokenizer import TokenizerFile, load, vocabulary
@@ -23,6 +22,7 @@ from llmjax.mesh import Axes
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Cosine
 from llmjax.run import DiLoCo, Run, read
+from llmjax.rundir import find
 from llmjax.train.display import Display, count
 from llmjax.train.loop import decisive
 from llmjax.train.loss import NextToken

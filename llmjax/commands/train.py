@@ -23,7 +23,6 @@ from llmjax import names, reading, redact
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.checkpoint.retention import Retention
-from llmjax.commands.generate import own
 from llmjax.data import mixture
 from llmjax.data.dataset import check_rows
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PREEMPTED, USAGE, Refused
@@ -35,6 +34,7 @@ from llmjax.plan.budget import within
 from llmjax.processes import Processes, Supervised
 from llmjax.report import goodput
 from llmjax.run import FREE, Run, differences, to_json
+from llmjax.rundir import own
 from llmjax.train import loop
 from llmjax.train.display import Display, count, duration, memory
 from llmjax.train.ledger import Heartbeat, Ledger, owned

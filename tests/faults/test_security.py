@@ -13,7 +13,6 @@ import pytest
 import llmjax
 from llmjax import names, reading, redact
 from llmjax import run as runs
-from llmjax.commands.generate import find, own
 from llmjax.commands.train import acceptable
 from llmjax.data.dataset import Text
 from llmjax.data.tokenizer import Bytes, load
@@ -21,6 +20,7 @@ from llmjax.errors import DATA, USAGE, Refused
 from llmjax.models.llama import Llama
 from llmjax.optim.adamw import AdamW
 from llmjax.run import Run, differences, from_json, to_json
+from llmjax.rundir import find, own
 from llmjax.train.loss import NextToken
 from llmjax.train.records import read as read_records
 from meshes import local
