@@ -1,6 +1,7 @@
 """`llmjax generate`: text from any checkpoint of any run."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import tyro
