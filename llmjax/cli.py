@@ -217,16 +217,16 @@ def parse(default: Asked, arguments: list[str], program: str, description: str |
 
 
 def _by_name():
-    """Meshes and layouts are given by name."""
+    """Meshes, layouts and trackers are given by name."""
     import tyro
 
     from llmjax import layout as layouts
-    from llmjax import names
+    from llmjax import names, tracking
     from llmjax.mesh import Cluster
 
     registry = tyro.constructors.ConstructorRegistry()
 
-    def named(kind: type, metavar: str, look_up: Callable[[str], Any]):
+    def named(kind: type, metavar: str, look_up: Callable[[str], Any], told: Callable[[Any], str] = lambda x: x.name):
         @registry.primitive_rule
         def rule(info: tyro.constructors.PrimitiveTypeInfo):
             if info.type not in (kind, kind | None):
@@ -236,11 +236,12 @@ def _by_name():
                 metavar=metavar,
                 instance_from_str=lambda given: look_up(given[0]),
                 is_instance=lambda value: value is None or isinstance(value, kind),
-                str_from_instance=lambda value: ["none" if value is None else value.name],
+                str_from_instance=lambda value: ["none" if value is None else told(value)],
             )
 
     named(Cluster, "NAME", lambda name: names.load("meshes", name, "cluster"))
     named(layouts.Layout, "{" + ",".join(layouts.KINDS) + "}[_...]", layouts.preset)
+    named(tracking.Tracker, "NAME[:FIELD=VALUE,...]", tracking.named, tracking.told)
     return registry
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from llmjax import redact
+from llmjax import redact, tracking
 from llmjax.errors import DONE, PREEMPTED, USAGE, Refused, TooFewDevices
 from llmjax.mesh import Cluster
 from llmjax.rollcall import roll_call
@@ -323,6 +323,8 @@ def leave(code: int) -> None:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    if tracking.hanging():  # Python would wait for what it has left open
+        os._exit(code)
     if code not in (DONE, PREEMPTED) and jax.distributed.is_initialized() and jax.process_count() > 1:
         os._exit(code)
     sys.exit(code)

@@ -19,6 +19,8 @@ from llmjax import reading, redact
 from llmjax.errors import DATA, Refused
 from llmjax.layout import Layout, Pipeline
 from llmjax.mesh import Axes, Cluster
+from llmjax.trackers.tensorboard import TensorBoard
+from llmjax.tracking import Tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +173,8 @@ class Run:
     "Go on although the data is another than the checkpoint was trained on; the events say so."
     prompts: tuple[str, ...] = ()
     "Texts to complete when training ends."
+    trackers: tuple[Tracker, ...] = (TensorBoard(),)
+    "Where numbers go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, with fields as in wandb:project=mine."
     name: str = ""
     "Name of the run directory; the experiment's own name if empty."
     runs: str = "runs"
@@ -188,7 +192,8 @@ class Run:
 # What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
 FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumulate", "attention", "remat",
                   "offload_optimizer", "unroll", "loss_chunk", "guard", "eval_every", "eval_rows", "eval", "save_every",
-                  "save_minutes", "keep", "keep_every", "keep_best", "prompts", "accept_data", "runs"})  # fmt: skip
+                  "save_minutes", "keep", "keep_every", "keep_best", "prompts", "trackers", "accept_data",
+                  "runs"})  # fmt: skip
 
 
 def fingerprint(run: Run, unless: Mapping[str, Any] = types.MappingProxyType({})) -> str:

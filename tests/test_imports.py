@@ -13,7 +13,8 @@ ROOT = Path(llmjax.__path__[0])
 ORDER = (
     ("errors", "leash", "redact", "reading"),
     ("names", "notice", "launch", "mesh", "rollcall", "rundir"),
-    ("layout",),
+    ("layout", "tracking"),
+    ("trackers",),
     ("run", "processes"),
     ("checks",),
     ("models", "optim", "data", "checkpoint"),

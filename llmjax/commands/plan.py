@@ -126,7 +126,8 @@ def one(asked: Experiment, run: Run, processes: Processes, options: Options, dis
     report, why = compile_for(found, options)
     measured = measure(found) if measure else None
     which, _ = trusted(run.mesh.chip, report is not None and report.time is not None)
-    kept.keep(run, found.sizes, found.accumulate, (report if which == "compiled" else found).time.step)
+    step, memory = (report if which == "compiled" else found).time.step, dataclasses.asdict(found.memory)
+    kept.keep(run, found.sizes, found.accumulate, step, memory)
     plan_tables.show(display, asked, found, report, measured, options.price_per_chip_hour)
     if why:
         display.say(f"\n{why}")

@@ -35,6 +35,7 @@ from llmjax.processes import Processes, Supervised
 from llmjax.report import goodput
 from llmjax.run import FREE, Run, differences, to_json
 from llmjax.rundir import own
+from llmjax.tracking import Tracker
 from llmjax.train import loop
 from llmjax.train.display import Display, count, duration, memory
 from llmjax.train.ledger import Heartbeat, Ledger, owned
@@ -44,6 +45,7 @@ from llmjax.train.records import Records, read
 from llmjax.train.resume import restore, skipped
 from llmjax.train.spent import Spent
 from llmjax.train.step import State
+from llmjax.train.vitals import Vitals, forget
 
 
 def train(
@@ -85,7 +87,7 @@ def train(
         state, start = restore(program, dataset, ledger)
         spent.mark("restore")
         if ledger.records:
-            write_environment(folder, program, devices)
+            write_environment(folder, program, devices, state)
             if dataset.tokenizer is not None:
                 (folder / "tokenizer.json").write_text(dataset.tokenizer.to_str(pretty=True), encoding="utf-8")
         header(program, state, dataset, start, display)
@@ -109,13 +111,20 @@ def recording(program: Program, folder: Path, display: Display, spent: Spent, he
         if first:
             stack.enter_context(owned(folder, display.say))
             claim(folder, run)
+            forget(folder)
         system.barrier("run directory")
         cache_compiled_programs(Path(run.runs))
         stack.enter_context(program.context())
         retention = Retention(run.keep, run.keep_every, run.keep_best)
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", retention, display.say))
-        records = stack.enter_context(Records(folder)) if first else None
-        yield Ledger(display, checkpoints, records, spent, heartbeat)
+        records = stack.enter_context(Records(folder, run.trackers, to_json(run), display.say)) if first else None
+        vitals = Vitals(folder)
+
+        def alive(step: int, phase: str) -> None:
+            heartbeat(step, phase)
+            vitals(step, phase)
+
+        yield Ledger(display, checkpoints, records, spent, alive)
 
 
 def to_the_end(
@@ -137,9 +146,10 @@ def to_the_end(
     if facts is None or (tasks and loop.ask(state, ledger, done, tasks, stop=stop) is None):
         ledger.account(now=True)
         ledger.event("stop", step=done)
+        ledger.heartbeat(done, "stop")
         display.say(f"Stopped and saved after step {done:,} of {run.steps:,}: run the same command to continue.")
         return PREEMPTED
-    samples(program, state, dataset, run.folder(), display, ledger.records is not None)
+    samples(program, state, dataset, ledger)
     ledger.heartbeat(done, "finish")
     spent.mark("evaluate")
     ledger.account(now=True)
@@ -151,6 +161,10 @@ def to_the_end(
 def acceptable(run: Run) -> None:
     """Refuses a name that leads out of the folder of runs, and a secret that run.json could not give back."""
     names.check_run(run.name)
+    for tracker in run.trackers:
+        if not isinstance(tracker, Tracker):
+            raise Refused(f"trackers holds {tracker!r:.60}, which is none: name one of llmjax.trackers.")
+        tracker.ready()
     if not run.runs.isprintable():
         raise Refused(f"runs is {run.runs!r}, which no folder can be called: give --runs a folder.")
     for field in redact.hidden(run):
@@ -347,9 +361,9 @@ def local(run: Run, workers: int) -> str:
     return f"{workers} workers, {how.delta} changes{parts} every {how.every} steps, outer lr {how.lr:g}"
 
 
-def samples(program: Program, state: State, dataset, folder: Path, display: Display, first: bool) -> None:
+def samples(program: Program, state: State, dataset, ledger: Ledger) -> None:
     """Completes the run's prompts, shows them and keeps them in samples/."""
-    run = program.run
+    run, records = program.run, ledger.records
     if not run.prompts or dataset.tokenizer is None:
         return
     tokenizer, positions = dataset.tokenizer, min(run.sequence, run.model.positions)
@@ -359,12 +373,13 @@ def samples(program: Program, state: State, dataset, folder: Path, display: Disp
         tokenizer.decode(tokens) for tokens in complete(state.model, prompts, how, positions=positions, end=dataset.end)
     ]
     for prompt, text in zip(run.prompts, texts, strict=True):
-        display.sample(prompt, text)
-    if first:
-        path = folder / "samples" / f"{run.steps}.json"
+        ledger.display.sample(prompt, text)
+    if records:
+        path = records.folder / "samples" / f"{run.steps}.json"
         path.parent.mkdir(exist_ok=True)
         written = [dict(prompt=p, text=t) for p, t in zip(run.prompts, texts, strict=True)]
         path.write_text(json.dumps(redact.tree(written), indent=1))
+        records.text(run.steps, "samples", "\n\n".join(p + t for p, t in zip(run.prompts, texts, strict=True)))
 
 
 def summary(program: Program, facts: dict[str, float], dataset, folder: Path, display: Display, seconds: float):
@@ -400,8 +415,8 @@ def next_steps(run: Run) -> str:
     return "Next:\n" + "\n".join(lines)
 
 
-def write_environment(folder: Path, program: Program, devices: list) -> None:
-    """env.json: versions, commit, devices and mesh of this start."""
+def write_environment(folder: Path, program: Program, devices: list, state: State) -> None:
+    """env.json: versions, commit, devices, mesh and sizes of this start, and what was planned for it."""
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
@@ -415,5 +430,12 @@ def write_environment(folder: Path, program: Program, devices: list) -> None:
         processes=jax.process_count(),
         mesh=dict(program.mesh.shape),
         layout=program.run.layout.name,
+        parameters=sum(x.size for x in jax.tree.leaves(state.model)),
+        flops_per_token=program.flops_per_token,  # of the model, with causal attention
+        peak=program.peak,  # bfloat16 FLOP/s of all devices
+        bytes_per_device=dict(
+            parameters=bytes_per_device(state.model, program.mesh), optimizer=bytes_per_device(state.opt, program.mesh)
+        ),
+        planned=kept.plan(program.run, Axes(**dict(program.mesh.shape)), program.accumulate),
     )
     (folder / "env.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -17,6 +17,7 @@ from llmjax.errors import IO, Refused
 from llmjax.train.display import Display
 from llmjax.train.records import LOSS, Records, holds, read
 from llmjax.train.spent import Spent
+from llmjax.train.vitals import memory
 
 BETWEEN = 10.0  # seconds, at most, between two lines that say what the time was spent on
 
@@ -76,7 +77,7 @@ class Ledger:
         """Records what the time was spent on so far, if asked or some time after the last such line."""
         if now or self.spent.elapsed() - self.accounted > BETWEEN:
             self.accounted = self.spent.elapsed()
-            self.event("spent", **self.spent.totals())
+            self.event("spent", **self.spent.totals(), **memory())
 
 
 @contextlib.contextmanager

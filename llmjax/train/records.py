@@ -1,14 +1,16 @@
-"""Records of a run: metrics.jsonl, events.jsonl and TensorBoard files, written by the first process as it goes."""
+"""Records of a run: metrics.jsonl, events.jsonl and what trackers are told, by the first process as it goes."""
 
 import json
 import math
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmjax import reading, redact
 from llmjax.errors import DATA, Refused
+from llmjax.tracking import About, Followed, Tracker
 
 LOSS, TASK = "eval_loss", "task/"  # what names begin with in a line of an evaluation, by its kind
 
@@ -16,8 +18,14 @@ LOSS, TASK = "eval_loss", "task/"  # what names begin with in a line of an evalu
 class Records:
     """Appends to the records in a run directory; a resource, to be used in a `with`."""
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: Path,
+        trackers: Sequence[Tracker] = (),
+        config: Mapping[str, Any] = {},
+        say: Callable[[str], None] = print,
+    ):
+        self.folder, self.trackers, self.config, self.say = Path(folder), trackers, config, say
 
     def __enter__(self) -> "Records":
         for name in ("metrics.jsonl", "events.jsonl"):
@@ -25,14 +33,15 @@ class Records:
         self._metrics, self._events = (
             (self.folder / name).open("a", encoding="utf-8", buffering=1) for name in ("metrics.jsonl", "events.jsonl")
         )
-        self._board: Any = None  # False: it failed
+        self._followed: list[Followed] | None = None  # until there is something to tell them
         self._start = 0
         return self
 
     def __exit__(self, *_) -> None:
-        for file in (self._metrics, self._events, self._board):
-            if file:
-                file.close()
+        for each in self._followed or ():
+            each.close()
+        for file in (self._metrics, self._events):
+            file.close()
 
     def rewind(self, step: int, end: int | None = None) -> list[dict[str, Any]]:
         """Drops, and returns, the metrics of what will be done again: steps after `step`, and evaluations of `end`.
@@ -52,34 +61,28 @@ class Records:
         return again
 
     def metrics(self, facts: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, with at least `step`; finite numbers also go to TensorBoard."""
+        """One line of metrics.jsonl, with at least `step`; finite numbers also go to the trackers."""
         self._metrics.write(json.dumps(facts) + "\n")
-        shown = {name: x for name, x in facts.items() if isinstance(x, (int, float)) and math.isfinite(x)}
-        try:
-            self._to_board(shown.pop("step"), shown)
-        except OSError as error:  # TensorBoard's copy may end; training may not
-            self._board = False
-            self.event("board_failed", reason=str(error))
+        shown = {name: x for name, x in facts.items() if type(x) in (int, float) and math.isfinite(x)}
+        step = shown.pop("step")
+        for each in self._follow():
+            each.metrics(step, shown)
 
-    def _to_board(self, step: int, numbers: dict[str, float]) -> None:
-        """Numbers of a step, for TensorBoard.
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text of a step, for the trackers."""
+        for each in self._follow():
+            each.text(step, name, text)
 
-        Written by this thread: tensorboardX's own one dies of a full disk or a clock that leaps, and whoever writes
-        to its queue then waits for ever.
-        """
-        if self._board is False:
-            return
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+    def _follow(self) -> list[Followed]:
+        """The trackers at work; they begin where the run first tells them something."""
+        if self._followed is None:
+            about = About(self.folder, self.folder.name, redact.tree(dict(self.config)), self._start)
+            self._followed = [Followed(tracker, about, self._left_out) for tracker in self.trackers]
+        return self._followed
 
-        if self._board is None:
-            (self.folder / "tb").mkdir(exist_ok=True)
-            self._board = EventsWriter(str(self.folder / "tb" / "events"))
-            if self._start:  # TensorBoard hides what an earlier start wrote from that step on
-                self._board.write_event(Event(step=self._start + 1, session_log=SessionLog(status=SessionLog.START)))
-        values = [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()]
-        self._board.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+    def _left_out(self, name: str, reason: str) -> None:
+        self.say(f"Training goes on without the tracker {name}: {reason}")
+        self.event("tracker_failed", tracker=name, reason=reason)
 
     def event(self, kind: str, **facts: Any) -> None:
         """One line of events.jsonl: what happened, and when (seconds since 1970)."""

@@ -200,7 +200,7 @@ def became(place) -> Iterator[Callable[[Callable[[Place], Any]], Any]]:
 def test_a_run_directory_holds_what_was_promised(place, became):
     first, folder = became(golden)[0], place.runs / "golden"
     assert (first.code, first.err) == (0, "") and "Done: 24 steps" in first.out
-    names = {"run.json", "env.json", "lock", "metrics.jsonl", "events.jsonl", "tb", "checkpoints"}
+    names = {"run.json", "env.json", "lock", "metrics.jsonl", "events.jsonl", "tb", "checkpoints", "processes"}
     assert {path.name for path in folder.iterdir()} == names
     assert Checkpoints(folder / "checkpoints").steps() == [20, 24]  # the newest two
     assert next((folder / "tb").iterdir()).name.startswith("events.out.tfevents")

@@ -2,11 +2,12 @@
 
 import json
 
+from llmjax.trackers.tensorboard import TensorBoard
 from llmjax.train.records import Records, read
 
 
 def test_lines_come_back_and_what_comes_after_the_resumed_step_is_dropped(tmp_path):
-    with Records(tmp_path) as records:
+    with Records(tmp_path, [TensorBoard()]) as records:
         for step in range(1, 6):
             records.metrics(dict(step=step, loss=1 / 3 / step, mfu=None))
         records.event("save", step=3)
