@@ -31,6 +31,8 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax evaluate RUN [--data PATH] [--tasks …]   loss on held-out text, or scores in tasks of lm-eval
   llmjax checkpoints RUN [--verify]               list a run's checkpoints; read them back
   llmjax goodput RUN                              where a run's wall time went
+  llmjax report RUN [RUN ...]                     a page with the curves, times and config of runs, compared
+  llmjax watch RUN [RUN ...]                      the same, live, in the terminal
   llmjax replay RUN --step N                      take a step again and see where it stops being finite
   llmjax launch --processes N --devices D train … the same command on N processes of this machine
   llmjax supervise [--tries N ...] -- train …     the same command, started again when it dies, hangs or is preempted
@@ -46,8 +48,8 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "import", "export", "generate", "evaluate", "checkpoints", "goodput", "replay", "launch",
-            "supervise", "parity", "plan", "data", "bench", "experiments", "meshes")  # fmt: skip
+COMMANDS = ("train", "import", "export", "generate", "evaluate", "checkpoints", "goodput", "report", "watch", "replay",
+            "launch", "supervise", "parity", "plan", "data", "bench", "experiments", "meshes")  # fmt: skip
 # Commands with options of their own alone: module of llmjax.commands, options, what runs them. Imported when asked for.
 OWN = {
     "import": ("imports", "Import", "bring"),
@@ -56,6 +58,8 @@ OWN = {
     "evaluate": ("evaluate", "Options", "evaluate"),
     "checkpoints": ("checkpoints", "Options", "checkpoints"),
     "goodput": ("goodput", "Options", "goodput"),
+    "report": ("report", "Options", "report"),
+    "watch": ("watch", "Options", "watch"),
 }
 LAUNCHED = ("train", "parity", "bench", "supervise")  # what several processes can do together
 
