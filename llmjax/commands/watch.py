@@ -11,7 +11,6 @@ from llmjax.errors import DONE, Refused
 from llmjax.report import record
 from llmjax.report.terminal import together
 
-
 ROWS = 21  # of a run that is printed
 
 

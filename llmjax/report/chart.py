@@ -107,7 +107,7 @@ def histogram(title: str, unit: str, values: Sequence[np.ndarray], bins: int = 4
     every = np.concatenate(filled)
     low, high = float(every.min()), float(np.quantile(every, 0.995)) if every.size > 50 else float(every.max())
     if high <= low:
-        low, high = 0.9 * low, 1.1 * low or 1.0
+        low, high = low - (0.1 * abs(low) or 1.0), low + (0.1 * abs(low) or 1.0)
     rows, said = [], []
     for run, each in enumerate(known):
         if not each.size:
@@ -157,7 +157,7 @@ def _curve(curve: Curve, scale: Scale, forward: Callable, height: tuple[float, f
 
 def _path(x: np.ndarray, y: np.ndarray, kind: str) -> str:
     """Absolute first, then relative whole numbers, which are short; a lone point is a dot."""
-    points = np.rint(np.stack([x, y], 1)).astype(int)
+    points = np.rint(np.clip(np.stack([x, y], 1), -WIDE, 2 * WIDE)).astype(int)
     if "dots" in kind or len(points) == 1:
         return "".join(f"M{a},{b}h0" for a, b in points)
     changes = np.diff(points, axis=0)

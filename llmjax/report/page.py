@@ -352,7 +352,8 @@ def _samples(records: Sequence[Record]) -> str:
 
 def _config(records: Sequence[Record]) -> str:
     """What differs between several runs, and everything of each."""
-    flat = [flattened(record.run) | flattened(dict(env=record.env)) for record in records]
+    shown = [{k: v for k, v in r.env.items() if k not in ("planned", "bytes_per_device")} for r in records]
+    flat = [flattened(r.run) | flattened(dict(env=env)) for r, env in zip(records, shown, strict=True)]
     names = list(dict.fromkeys(name for each in flat for name in each))
     texts = [{n: json.dumps(each[n], ensure_ascii=False)[:300] if n in each else "–" for n in names} for each in flat]
     out = ["<h2>Config</h2>"]
