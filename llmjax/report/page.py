@@ -1,23 +1,22 @@
 """The report of one or several runs as one HTML file that asks nothing of a network."""
 
-import html
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
 import numpy as np
 
-from llmjax.report import chart, series
+from llmjax.report import chart, sections, series
 from llmjax.report.chart import Curve, Mark, Scale
-from llmjax.report.goodput import WORDS
 from llmjax.report.record import AXES, Record
-from llmjax.train.display import count, duration, memory
+from llmjax.report.sections import escaped
+from llmjax.train.display import count, duration
 
 SMOOTH = {"light": 0.01, "strong": 0.05}  # half-lives, as shares of a run's steps
 POINTS = 2400  # of a curve's drawing, all runs together
+BELOW = (sections.goodput, sections.held, sections.planned, sections.events, sections.samples, sections.config)
 READ = 500  # steps whose numbers can be read out, of each run
 STATES = dict(
     finished="finished", running="running", stopped="stopped and saved", gone="ended without a word",
@@ -34,11 +33,10 @@ def page(records: Sequence[Record]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{_text(title)}: llmjax report</title>'
+        f'<link rel="icon" href="data:,"><title>{escaped(title)}: llmjax report</title>'
         f"<style>\n{css}</style></head><body>"
-        f"<header><h1>{_text(title)}</h1>{''.join(map(_about, records))}{_notes(records)}{_overview(records)}</header>"
-        f"<main>{_curves(records)}{_time(records)}{_memory(records)}{_planned(records)}{_events(records)}"
-        f"{_samples(records)}{_config(records)}</main>"
+        f"<header><h1>{escaped(title)}</h1>{''.join(map(_about, records))}{_notes(records)}{_overview(records)}"
+        f"</header><main>{_curves(records)}{''.join(part(records) for part in BELOW)}</main>"
         f"<footer>Made by llmjax report, {time.strftime('%Y-%m-%d %H:%M:%S %Z')}.</footer>"
         f'<script type="application/json" id="data">{_data(records)}</script>'
         f"<script>\n{script}</script></body></html>\n"
@@ -75,20 +73,6 @@ def marks(record: Record, beside: bool = False) -> list[Mark]:
     return found
 
 
-def flattened(value: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of a JSON value by dotted name; what a dataclass is, is the value of its own name."""
-    if isinstance(value, Mapping):
-        found: dict[str, Any] = {}
-        for name, inner in value.items():
-            found |= flattened(inner, path if name == "is" else f"{path}.{name}" if path else str(name))
-        return found
-    return {path: value}
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
 def _about(record: Record) -> str:
     env, run = record.env, record.run
     model = run.get("model") if isinstance(run.get("model"), Mapping) else {}
@@ -102,11 +86,11 @@ def _about(record: Record) -> str:
         f"layout {env['layout']}" if env.get("layout") else "",
         f"last written {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.seen))}" if record.seen else "",
     ]
-    return f'<p class="soft">{_text(record.name)}: {_text(" · ".join(filter(None, facts)))}</p>'
+    return f'<p class="soft">{escaped(record.name)}: {escaped(" · ".join(filter(None, facts)))}</p>'
 
 
 def _notes(records: Sequence[Record]) -> str:
-    notes = [f"<li>{_text(record.name)}: {_text(note)}</li>" for record in records for note in record.notes]
+    notes = [f"<li>{escaped(record.name)}: {escaped(note)}</li>" for record in records for note in record.notes]
     return f'<ul class="notes">{"".join(notes)}</ul>' if notes else ""
 
 
@@ -138,27 +122,13 @@ def _overview(records: Sequence[Record]) -> str:
     facts = [_facts(record) for record in records]
     shown = [name for name in facts[0] if any(each[name] != "–" for each in facts)]
     if len(records) == 1:
-        tiles = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(facts[0][name])}</dd></div>" for name in shown)
+        tiles = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(facts[0][name])}</dd></div>" for name in shown)
         return f'<dl class="tiles">{tiles}</dl>'
     rows = [
-        [_key(i) + _text(r.name), *(_text(f[n]) for n in shown)]
+        [sections.key(i) + escaped(r.name), *(escaped(f[n]) for n in shown)]
         for i, (r, f) in enumerate(zip(records, facts, strict=True))
     ]
-    return _table(["run", *shown], rows, numbers=True)
-
-
-def _key(run: int) -> str:
-    return f'<i class="key c{run % chart.COLOURS}"></i>'
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
-    """A table of cells that are HTML; with numbers, all columns but the first are set to the right."""
-    side = ' class="n"' if numbers else ""
-    head = "".join(f"<th{side if i else ''}>{_text(c)}</th>" for i, c in enumerate(columns))
-    body = "".join(
-        f"<tr>{''.join(f'<td{side if i else str()}>{cell}</td>' for i, cell in enumerate(row))}</tr>" for row in rows
-    )
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return sections.table(["run", *shown], rows, numbers=True)
 
 
 def _radios(name: str, legend: str, choices: Mapping[str, str], chosen: str) -> str:
@@ -227,148 +197,12 @@ def _loss(records: Sequence[Record], axes: Scale, events: Sequence[Mark], points
 
 
 def _legend(records: Sequence[Record], events: Sequence[Mark]) -> str:
-    parts = [f"<span>{_key(i)}{_text(record.name)}</span>" for i, record in enumerate(records)]
+    parts = [f"<span>{sections.key(i)}{escaped(record.name)}</span>" for i, record in enumerate(records)]
     parts.append("<span>dashed with dots: held out</span>")
     for kind, word in (("restart", "started again"), ("fault", "bad step")):
         if many := sum(mark.kind == kind for mark in events):
             parts.append(f'<span><i class="key {kind}"></i>{word}, {many:,} times</span>')
     return f'<div class="legend">{"".join(parts)}</div>'
-
-
-def _time(records: Sequence[Record]) -> str:
-    """The goodput bar of every run."""
-    out = []
-    for record in records:
-        if not (found := record.goodput):
-            continue
-        rows = sorted(found.buckets.items(), key=lambda item: (item[0] != "steps", -item[1]))
-        rows = [(name, seconds, 100 * seconds / found.wall) for name, seconds in rows if seconds > 0]
-        bar = "".join(f'<i class="b-{n}" style="width:{share:.3f}%" title="{WORDS[n]}"></i>' for n, _, share in rows)
-        cells = [[f'<i class="dot b-{n}"></i>{WORDS[n]}', f"{s:,.1f}", f"{p:.1f}%"] for n, s, p in rows]
-        starts = f"{found.starts} start{'s' * (found.starts > 1)}, {found.redone:,} steps done again"
-        starts += f", {found.skipped:,} skipped" * bool(found.skipped)
-        out.append(
-            f"<div><h3>{_text(record.name)}: {100 * found.share:.1f}% of {duration(found.wall)}</h3>"
-            f'<div class="stack">{bar}</div><p class="soft">{starts}</p>'
-            f"{_table(['spent on', 'seconds', 'share'], cells, numbers=True)}</div>"
-        )
-    return f'<h2>Goodput</h2><div class="two">{"".join(out)}</div>' if out else ""
-
-
-def _memory(records: Sequence[Record]) -> str:
-    charts = []
-    for name, title in (("device_bytes", "Device memory"), ("host_bytes", "Host memory")):
-        curves = [
-            Curve(dict.fromkeys(AXES, r.memory["time"]), r.memory[name] / 2**30, i) for i, r in enumerate(records)
-        ]
-        end = max((float(np.nanmax(c.x["time"])) for c in curves if np.isfinite(c.x["time"]).any()), default=0.0)
-        only = Scale({axis: end if axis == "time" else 0.0 for axis in AXES})
-        if end > 0:
-            drawn = chart.figure(title, "GiB, peak so far of the first process", curves, only, points=300)
-            charts.append(drawn.replace(" ax x-time", "").replace(' data-key=""', ""))
-    held = [["parameters", "optimizer"], []]
-    rows = []
-    for record in records:
-        sizes = record.env.get("bytes_per_device")
-        if isinstance(sizes, Mapping):
-            cells = [memory(sizes[n]) if isinstance(sizes.get(n), int) else "–" for n in held[0]]
-            rows.append([_text(record.name), *cells])
-    table = _table(["at rest on a device", *held[0]], rows, numbers=True) if rows else ""
-    return f'<h2>Memory</h2>{table}<div class="two">{"".join(charts)}</div>' if table or charts else ""
-
-
-def _planned(records: Sequence[Record]) -> str:
-    rows = []
-    for record in records:
-        plan = record.env.get("planned")
-        if not isinstance(plan, Mapping):
-            continue
-        step, took = plan.get("step"), record.median("step_ms") / 1e3
-        if isinstance(step, (int, float)) and step > 0 and took > 0:
-            rows.append(
-                [
-                    f"{_text(record.name)}: step",
-                    f"{1e3 * step:,.1f} ms",
-                    f"{1e3 * took:,.1f} ms",
-                    f"{100 * (step / took - 1):+.0f}%",
-                ]
-            )
-        parts = plan.get("memory") if isinstance(plan.get("memory"), Mapping) else {}
-        sizes = [size for size in parts.values() if isinstance(size, int)]
-        if sizes:
-            peak = record.memory["device_bytes"]
-            peak = float(np.nanmax(peak)) if np.isfinite(peak).any() else math.nan
-            known = math.isfinite(peak)
-            rows.append([
-                f"{_text(record.name)}: memory of a device", memory(sum(sizes)), memory(peak) if known else "not told",
-                f"{100 * (sum(sizes) / peak - 1):+.0f}%" if known else "–",
-            ])  # fmt: skip
-    if not rows:
-        return (
-            '<h2>Planned and measured</h2><p class="soft">No plan was made of this very run before its last start: '
-            "<code>llmjax plan</code> makes one.</p>"
-        )
-    return (
-        f"<h2>Planned and measured</h2>{_table(['run', '', 'planned', 'measured', 'plan off by'], rows, numbers=True)}"
-    )
-
-
-def _events(records: Sequence[Record]) -> str:
-    """What happened, but for the bookkeeping of time; long lists keep their ends."""
-    out = []
-    for record in records:
-        told = [event for event in record.events if event["kind"] != "spent"]
-        rows = [[_when(event), _text(event["kind"]), _text(_detail(event))] for event in told]
-        if len(rows) > 200:
-            rows = [*rows[:50], ["…", f"{len(rows) - 150:,} more", ""], *rows[-100:]]
-        if rows:
-            shown = _table(["when", "what", ""], rows)
-            about = f"{_text(record.name)}: {len(told):,} event{'s' * (len(told) > 1)}"
-            out.append(f"<details{' open' * (len(rows) < 13)}><summary>{about}</summary>{shown}</details>")
-    return f"<h2>Events</h2>{''.join(out)}" if out else ""
-
-
-def _when(event: Mapping[str, Any]) -> str:
-    moment = event.get("time")
-    if isinstance(moment, bool) or not isinstance(moment, (int, float)) or not 0 < moment < 1e11:
-        return "–"
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
-
-
-def _detail(event: Mapping[str, Any]) -> str:
-    known = ("kind", "time", "elapsed", "process_began")
-    found = [(k, f"{v:.6g}" if isinstance(v, float) else v) for k, v in event.items() if k not in known]
-    return ", ".join(f"{k} {v}" for k, v in found)[:400]
-
-
-def _samples(records: Sequence[Record]) -> str:
-    out = []
-    for record in records:
-        for step, texts in record.samples[-20:]:
-            shown = "".join(f"<pre><b>{_text(prompt)}</b>{_text(text)}</pre>" for prompt, text in texts[:20])
-            out.append(f"<details open><summary>{_text(record.name)}, after step {step:,}</summary>{shown}</details>")
-    return f"<h2>Samples</h2>{''.join(out)}" if out else ""
-
-
-def _config(records: Sequence[Record]) -> str:
-    """What differs between several runs, and everything of each."""
-    shown = [{k: v for k, v in r.env.items() if k not in ("planned", "bytes_per_device")} for r in records]
-    flat = [flattened(r.run) | flattened(dict(env=env)) for r, env in zip(records, shown, strict=True)]
-    names = list(dict.fromkeys(name for each in flat for name in each))
-    texts = [{n: json.dumps(each[n], ensure_ascii=False)[:300] if n in each else "–" for n in names} for each in flat]
-    out = ["<h2>Config</h2>"]
-    columns = ["field", *(record.name for record in records)]
-    if len(records) > 1:
-        rows = [_row(n, texts) for n in names if len({each[n] for each in texts}) > 1 and n not in ("name", "runs")]
-        out.append(_table(columns, rows) if rows else '<p class="soft">Nothing differs.</p>')
-    if names != [""]:
-        every = _table(columns, [_row(name, texts) for name in names if name])
-        out.append(f"<details><summary>All {len(names):,} fields of run.json and env.json</summary>{every}</details>")
-    return "".join(out)
-
-
-def _row(name: str, texts: Sequence[Mapping[str, str]]) -> list[str]:
-    return [f"<code>{_text(name)}</code>", *(f"<code>{_text(each[name])}</code>" for each in texts)]
 
 
 def _data(records: Sequence[Record]) -> str:
