@@ -119,6 +119,7 @@ def recording(program: Program, folder: Path, display: Display, spent: Spent, he
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", retention, display.say))
         records = stack.enter_context(Records(folder, run.trackers, to_json(run), display.say)) if first else None
         vitals = Vitals(folder)
+        vitals(0, "start")
 
         def alive(step: int, phase: str) -> None:
             heartbeat(step, phase)

@@ -1,6 +1,7 @@
 """MLflow, in a database beside the runs or on a server (pip install 'llmjax[mlflow]')."""
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -34,12 +35,10 @@ class Board:
 
     def __init__(self, how: MLflow, about: About):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        import logging
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # after the import, which sets it
         self._metric = Metric
         runs = about.folder.absolute().parent
         self.client = MlflowClient(tracking_uri=how.store or f"sqlite:///{runs / 'mlflow.db'}")
