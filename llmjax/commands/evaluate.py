@@ -11,7 +11,7 @@ import tyro
 from llmjax import mesh as meshes
 from llmjax import names, processes
 from llmjax.checkpoint.checkpoints import Checkpoints
-from llmjax.commands.generate import choose_step, find
+from llmjax.commands.generate import choose_step
 from llmjax.data.tokenizer import load
 from llmjax.errors import DATA, DONE, IO, Refused
 from llmjax.evaluate import heldout, interval
@@ -19,6 +19,7 @@ from llmjax.evaluate.likelihood import Judge
 from llmjax.layout import Pipeline, ways
 from llmjax.mesh import Axes
 from llmjax.run import DiLoCo, Remat, Run, read
+from llmjax.rundir import find
 from llmjax.train.display import Display
 from llmjax.train.program import Program, make, resolve
 from llmjax.train.resume import read_weights
