@@ -28,6 +28,7 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
     _check_parameters(run)
     _check_guard(run)
     _check_remat(run)
+    _check_profile(run)
     if run.keep_best and not (run.eval_every and (run.save_every or run.save_minutes)):
         raise Refused(
             f"keep_best is {run.keep_best}, but no step both evaluates and saves: give --eval-every and --save-every."
@@ -120,6 +121,20 @@ def _check_parameters(run: Run) -> None:
         raise Refused(
             f"parameters is {run.parameters}, but {type(run.optimizer).__name__} keeps an average that moves less than "
             f"bfloat16 tells: use float32, or another optimizer."
+        )
+
+
+def _check_profile(run: Run) -> None:
+    profile = run.profile
+    for field in ("start", "steps"):
+        if getattr(profile, field) < 0:
+            raise Refused(f"profile.{field} is {getattr(profile, field)}: give at least 0.")
+    if profile.start and not profile.steps:
+        raise Refused(f"profile.start is {profile.start}, but profile.steps is 0: say how many, as --profile.steps 5.")
+    if profile.steps and profile.start > run.steps:
+        raise Refused(
+            f"profile.start is {profile.start}, but the run has {run.steps} steps: give a step that it takes, or more "
+            f"--steps."
         )
 
 

@@ -41,6 +41,10 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax data build OUT --source PATH ...         turn texts, or token files, into a token store to train from
   llmjax data stats OUT, data show OUT --index N  what a store holds; a row of it, decoded
   llmjax bench [EXPERIMENT] [--field value ...]   measure the speed of training here (default: bench_small)
+  llmjax show [EXPERIMENT] [--field value ...]    every value of a run and where it came from; its size
+  llmjax draw [EXPERIMENT] [--mesh NAME] ...      a page: the mesh, where every array lives, a step in time
+  llmjax diff RUN RUN                             how two runs differ: fields, versions, data, loss curves
+  llmjax profile RUN                              where the time of traced steps went, operation by operation
   llmjax experiments                              list experiments
   llmjax meshes                                   list meshes
 
@@ -48,8 +52,9 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "import", "export", "generate", "evaluate", "checkpoints", "goodput", "report", "watch", "replay",
-            "launch", "supervise", "parity", "plan", "data", "bench", "experiments", "meshes")  # fmt: skip
+COMMANDS = ("train", "import", "export", "generate", "evaluate", "checkpoints", "goodput", "report", "watch",
+            "replay", "launch", "supervise", "parity", "plan", "data", "bench", "show", "draw", "diff",
+            "profile", "experiments", "meshes")  # fmt: skip
 # Commands with options of their own alone: module of llmjax.commands, options, what runs them. Imported when asked for.
 OWN = {
     "import": ("imports", "Import", "bring"),
@@ -60,6 +65,8 @@ OWN = {
     "goodput": ("goodput", "Options", "goodput"),
     "report": ("report", "Options", "report"),
     "watch": ("watch", "Options", "watch"),
+    "diff": ("diff", "Options", "diff"),
+    "profile": ("profile", "Options", "profile"),
 }
 LAUNCHED = ("train", "parity", "bench", "supervise")  # what several processes can do together
 
@@ -136,6 +143,10 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _parity(*_experiment(arguments, "stdlib_tiny"))
         case "plan":
             return _plan(arguments)
+        case "show":
+            return _show(arguments)
+        case "draw":
+            return _draw(*_experiment(arguments, "stdlib_tiny"))
         case "bench":
             return _bench(*_experiment(arguments, "bench_small"))
         case "data":
@@ -186,20 +197,10 @@ def _from(run: "Run", arguments: list[str]) -> tuple["Run", list[str]]:
 
 
 def load(name: str) -> "Run":
-    """The Run of an experiment: a name in `experiments`, a path to a .py file, or a run.json.
+    """The Run of an experiment; see `llmjax.run.load`."""
+    from llmjax.run import load as of
 
-    Raises:
-      Refused: there is no such experiment, or it holds no Run.
-    """
-    from llmjax import names
-    from llmjax.run import Run, read
-
-    if name.endswith(".json"):
-        return read(Path(name))
-    run = names.load_file(name, "run") if name.endswith(".py") else names.load("experiments", name, "run")
-    if not isinstance(run, Run):
-        raise Refused(f"`run` in {name} is {run!r:.60}: make it a llmjax.run.Run.")
-    return dataclasses.replace(run, name=run.name or Path(name).stem)
+    return of(name)
 
 
 def parse(default: Asked, arguments: list[str], program: str, description: str | None = None) -> Asked:
@@ -289,6 +290,22 @@ def _plan(arguments: list[str]) -> int:
     run, arguments = _experiment(arguments, word)
     about = f"Foresees whether {run.name} fits a cluster, what it sends, how fast it is, and which mesh is best."
     return plan(Experiment(word, run), *_with_options(run, Options(), arguments, "plan", about))
+
+
+def _show(arguments: list[str]) -> int:
+    from llmjax.commands.show import Options, show
+
+    word = arguments[0] if arguments and not arguments[0].startswith("-") else "stdlib_tiny"
+    before, arguments = _experiment(arguments, word)
+    about = f"Shows every value of {before.name} and where it came from, and how large the run is."
+    return show(word, before, arguments, *_with_options(before, Options(), arguments, "show", about))
+
+
+def _draw(run: "Run", arguments: list[str]) -> int:
+    from llmjax.commands.draw import Options, draw
+
+    about = f"Writes a page that shows {run.name} on its mesh: chips, links, arrays, and a step in time."
+    return draw(*_with_options(run, Options(), arguments, "draw", about))
 
 
 def _parity(run: "Run", arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmjax import layout as layouts
-from llmjax import reading, redact
+from llmjax import names, reading, redact
 from llmjax.errors import DATA, Refused
 from llmjax.layout import Layout, Pipeline
 from llmjax.mesh import Axes, Cluster
@@ -67,6 +67,16 @@ class Guard:
     "Steps between two comparisons of the copies of every parameter on all devices; 0: never."
     repeat: int = 0
     "Steps between two steps that are computed twice and compared; 0: never."
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Which steps are traced for XProf; `llmjax profile` reads the trace."""
+
+    start: int = 0
+    "First step that is traced, counted from 1; 0: the third that a process takes, when it is warm."
+    steps: int = 0
+    "How many are traced; 0: none."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +160,7 @@ class Run:
     local: DiLoCo = DiLoCo(every=0)
     "Local SGD over axis data; off by default."
     guard: Guard = Guard()
+    profile: Profile = Profile()
     seed: int = 0
     "Seeds the weights and the order of the data."
     weights: str = ""
@@ -193,7 +204,7 @@ class Run:
 FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumulate", "attention", "remat",
                   "offload_optimizer", "unroll", "loss_chunk", "guard", "eval_every", "eval_rows", "eval", "save_every",
                   "save_minutes", "keep", "keep_every", "keep_best", "prompts", "trackers", "accept_data",
-                  "runs"})  # fmt: skip
+                  "runs", "profile"})  # fmt: skip
 
 
 def fingerprint(run: Run, unless: Mapping[str, Any] = types.MappingProxyType({})) -> str:
@@ -279,6 +290,20 @@ def read(path: Path) -> Run:
         if not (dataclasses.is_dataclass(getattr(run, name)) or callable(getattr(run, name))):
             raise Refused(f"{path} has {getattr(run, name)!r:.60} for {name}: restore the file.", DATA)
     return run
+
+
+def load(name: str) -> Run:
+    """The Run of an experiment: a name in `experiments`, a path to a .py file, or a run.json.
+
+    Raises:
+      Refused: there is no such experiment, or it holds no Run.
+    """
+    if name.endswith(".json"):
+        return read(Path(name))
+    run = names.load_file(name, "run") if name.endswith(".py") else names.load("experiments", name, "run")
+    if not isinstance(run, Run):
+        raise Refused(f"`run` in {name} is {run!r:.60}: make it a llmjax.run.Run.")
+    return dataclasses.replace(run, name=run.name or Path(name).stem)
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

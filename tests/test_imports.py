@@ -16,7 +16,7 @@ ORDER = (
     ("layout", "tracking"),
     ("trackers",),
     ("run", "processes"),
-    ("checks",),
+    ("checks", "changes"),
     ("models", "optim", "data", "checkpoint"),
     ("interop",),
     ("train",),

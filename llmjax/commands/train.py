@@ -87,7 +87,7 @@ def train(
         state, start = restore(program, dataset, ledger)
         spent.mark("restore")
         if ledger.records:
-            write_environment(folder, program, devices, state)
+            write_environment(folder, program, devices, state, dataset.fingerprint)
             if dataset.tokenizer is not None:
                 (folder / "tokenizer.json").write_text(dataset.tokenizer.to_str(pretty=True), encoding="utf-8")
         header(program, state, dataset, start, display)
@@ -416,8 +416,8 @@ def next_steps(run: Run) -> str:
     return "Next:\n" + "\n".join(lines)
 
 
-def write_environment(folder: Path, program: Program, devices: list, state: State) -> None:
-    """env.json: versions, commit, devices, mesh and sizes of this start, and what was planned for it."""
+def write_environment(folder: Path, program: Program, devices: list, state: State, data: str) -> None:
+    """env.json: versions, commit, devices, mesh, sizes and data of this start, and what was planned for it."""
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
@@ -438,5 +438,6 @@ def write_environment(folder: Path, program: Program, devices: list, state: Stat
             parameters=bytes_per_device(state.model, program.mesh), optimizer=bytes_per_device(state.opt, program.mesh)
         ),
         planned=kept.plan(program.run, Axes(**dict(program.mesh.shape)), program.accumulate),
+        data=data,
     )
     (folder / "env.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -24,6 +24,7 @@ from llmjax.optim import schedules
 from llmjax.run import FREE, Run, fingerprint, to_json
 from llmjax.train import blackbox, corruption, diloco
 from llmjax.train.ledger import Ledger
+from llmjax.train.profile import Tracer
 from llmjax.train.program import Program
 from llmjax.train.records import TASK
 from llmjax.train.step import State
@@ -80,8 +81,12 @@ def steps(
         return place(dataset, "train", rows, accumulate=program.accumulate, sharding=program.batch_sharding())
 
     report, done = Reporter(program, dataset, ledger, start, left_out), start
-    clock = Timed(60 * run.save_minutes, start)
-    with contextlib.closing(prefetch(batch_of, start, run.steps)) as batches, ledger.display.progress(start, run.steps):
+    clock, tracer = Timed(60 * run.save_minutes, start), Tracer(run, start, ledger)
+    with (
+        contextlib.closing(prefetch(batch_of, start, run.steps)) as batches,
+        contextlib.closing(tracer),
+        ledger.display.progress(start, run.steps),
+    ):
         missed = start and evaluates(run, start) and not processes.share(ledger.evaluated(start))
         if missed and evaluate(program, state, dataset, ledger, start, rows=run.eval_rows, stop=stop) is None:
             return state, start
@@ -89,12 +94,19 @@ def steps(
         if missed and ask(state, ledger, start, tasks, stop=stop) is None:
             return state, start
         for step, batch, waited_ms in batches:
+            if tracer.begins(step + 1):
+                state = report.settle(state)
+                tracer.start()
             if batch is None:
                 state = program.pass_over(report.settle(state))
                 report.passed_over(step)
             else:
-                state = report.take(state, step, batch, waited_ms)
+                with tracer.step(step + 1):
+                    state = report.take(state, step, batch, waited_ms)
             done = step + 1
+            if tracer.ends(done):
+                state = report.settle(state)
+                tracer.stop()
             saves = due(done, run.save_every)
             if saves or evaluates(run, done) or asks(run, done) or clock.looks(done) or done == run.steps:
                 state = report.settle(state)
@@ -341,8 +353,8 @@ def save(
     run = program.run
     facts = dict(
         step=step, tokens=step * run.batch * run.sequence, data=dataset.fingerprint, config=fingerprint(run),
-        run=decisive(run), mesh=dict(program.mesh.shape), layout=run.layout.name, processes=jax.process_count(),
-        versions=versions(), watched=state.watch is not None,
+        run=decisive(run), how=free(run), mesh=dict(program.mesh.shape), layout=run.layout.name,
+        processes=jax.process_count(), versions=versions(), watched=state.watch is not None,
         **{name: evaluated[name] for name in ("eval_loss",) if name in evaluated},
     )  # fmt: skip
     for attempt in (ledger.checkpoints.wait, lambda: ledger.checkpoints.save(step, state, facts)):
@@ -357,6 +369,11 @@ def save(
     if ledger.checkpoints.has(step):
         ledger.event("save", step=step)
     ledger.account(now=True)
+
+
+def free(run: Run) -> dict[str, Any]:
+    """The other fields, as JSON: where and how it is computed and recorded."""
+    return {name: value for name, value in to_json(run).items() if name in FREE}
 
 
 def decisive(run: Run) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 
+from llmjax import changes
 from llmjax.checkpoint.checkpoints import Checkpoints, like
 from llmjax.errors import DATA, Refused
 from llmjax.interop import folder as interop
-from llmjax.run import Run, differences, fingerprint
+from llmjax.run import Run, differences, fingerprint, to_json
 from llmjax.run import read as read_run
 from llmjax.train.ledger import Ledger
-from llmjax.train.loop import decisive
+from llmjax.train.loop import decisive, versions
 from llmjax.train.program import Program
 from llmjax.train.records import read
 from llmjax.train.step import State, watch
@@ -62,6 +63,9 @@ def restore(program: Program, dataset, ledger: Ledger) -> tuple[State, int]:
     if ledger.records:
         redo(ledger, step, program.run.steps)
     ledger.display.say(f"Continuing {program.run.folder()} from step {step:,}.")
+    found = changes.since(facts, to_json(program.run), dict(program.mesh.shape), versions(), dataset.fingerprint)
+    for line in changes.sentences(found):
+        ledger.display.say(line)
     return state, step
 
 

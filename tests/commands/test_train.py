@@ -126,11 +126,14 @@ def moved(place: Place) -> int:
         "one": (*train, "--processes.devices", "1"),
         "two": (*launch, *train, *mesh),
     }
+    changed = {"2x4": "axes fsdp 4 x tensor 2 -> fsdp 2 x tensor 4", "one": "axes fsdp 4 x tensor 2 -> one device"}
     for name, command in commands.items():
         shutil.copytree(place.runs / "4x2", place.runs / name)
         done = place.run(*command, "--name", name)
         assert (done.code, done.err) == (0, ""), name
         assert f"Continuing runs/{name} from step {step}." in done.out
+        assert done.out.count("Changed since that checkpoint") == (name in changed), done.out
+        assert f"{changed.get(name, '')} (same numbers up to rounding)." in done.out or name not in changed
     return step
 
 
