@@ -22,7 +22,7 @@ from llmjax.errors import Refused
 from llmjax.mesh import Axes, Chip, Cluster
 from llmjax.plan import buffers, collectives, cost, hlo, links, schedule, topology
 from llmjax.plan.buffers import Buffer
-from llmjax.plan.schedule import Row, Time
+from llmjax.plan.schedule import Moment, Row, Time
 from llmjax.plan.topology import NoCompiler
 from llmjax.run import Run, from_json, to_json
 from llmjax.train import program
@@ -81,6 +81,8 @@ class Report:
     "Of tracing, lowering and compiling."
     cached: bool = False
     "Whether the program was not compiled again."
+    moments: tuple[Moment, ...] = ()
+    "The step in the order of the program, where the compiler gives cycles."
 
     @property
     def fits(self) -> bool:
@@ -173,6 +175,7 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
         rows=read.rows,
         time=read.time if cost.clock(chip) else None,
         unknown=read.unknown,
+        moments=read.moments if cost.clock(chip) else (),
         warnings=tuple(schedule.warnings(read.rows)) if chip.platform == "tpu" else (),  # a CPU never scatters sums
         **about,
     )

@@ -47,34 +47,48 @@ def span(cluster: Cluster, sizes: Axes, axes: Sequence[str]) -> Span:
     return Span(inside, outside, max(1, len(lengths)), all(_wraps(cluster, length) for length in lengths))
 
 
+@dataclasses.dataclass(frozen=True)
+class Along:
+    """A torus axis, or a part of one, that a mesh axis lies along."""
+
+    dim: int
+    "Which of the torus axes."
+    stride: int
+    "Chips along it from one coordinate of the mesh axis to the next."
+    length: int
+
+
 def torus(cluster: Cluster, sizes: Axes) -> dict[str, tuple[int, ...]]:
-    """The lengths of the torus axes that every mesh axis lies on, the last mesh axis choosing first, as JAX does.
+    """The lengths of the torus axes that every mesh axis lies on; see `lying`."""
+    return {axis: tuple(each.length for each in along) for axis, along in lying(cluster, sizes).items()}
+
+
+def lying(cluster: Cluster, sizes: Axes) -> dict[str, tuple[Along, ...]]:
+    """The torus axes that every mesh axis larger than 1 lies on, the last mesh axis choosing first, as JAX does.
 
     A mesh axis that is no product of whole torus axes gets a part of one.
     """
     chips = math.prod(sizes.sizes()) // cluster.slices
-    free = list(dimensions(cluster, chips))
+    free = [Along(dim, 1, length) for dim, length in enumerate(dimensions(cluster, chips))]
     found = {}
     for axis in reversed(AXES):
         size = getattr(sizes, axis)
         size = size // math.gcd(size, cluster.slices) if axis == "data" else size
         if size == 1:
             continue
-        ways = range(len(free), 0, -1)
-        choices = (c for n in ways for c in itertools.combinations(free, n) if math.prod(c) == size)
-        chosen = next(choices, None)
-        if chosen is None:
-            chosen, rest = [], size
-            for length in sorted(free, reverse=True):
-                part = math.gcd(length, rest)
+        choices = (c for n in range(len(free), 0, -1) for c in itertools.combinations(free, n))
+        chosen = list(next((c for c in choices if math.prod(each.length for each in c) == size), ()))
+        free = [each for each in free if each not in chosen]
+        if not chosen:
+            rest = size
+            for each in sorted(free, key=lambda each: each.length, reverse=True):
+                part = math.gcd(each.length, rest)
                 if part > 1:
-                    free.remove(length)
-                    free += [length // part] if length > part else []
-                    chosen.append(part)
+                    free.remove(each)
+                    left = Along(each.dim, each.stride * part, each.length // part)
+                    free += [left] if left.length > 1 else []
+                    chosen.append(Along(each.dim, each.stride, part))
                     rest //= part
-        else:
-            for length in chosen:
-                free.remove(length)
         found[axis] = tuple(chosen)
     return found
 

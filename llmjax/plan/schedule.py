@@ -59,6 +59,22 @@ class Time:
 
 
 @dataclasses.dataclass(frozen=True)
+class Moment:
+    """Something that a step does from one second to another; of a loop one turn is told, stretched over all of them."""
+
+    lane: str
+    "compute, loop, or the mesh axes of a collective, joined with x; ? where they are no product of axes."
+    begin: float
+    end: float
+    what: str
+    "The part of the model, or a loop's turns."
+    kind: str
+    "matmul, attention, memory, other, wait, or of a collective its kind."
+    waited: bool = False
+    "Whether devices wait for it."
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """A program's time, and what of it was not understood."""
 
@@ -66,6 +82,8 @@ class Schedule:
     rows: tuple[Row, ...]
     unknown: dict[str, int]
     "Operations whose cost is not known, with the times they run in a step."
+    moments: tuple[Moment, ...] = ()
+    "In the order in which they begin; those alike that touch are one."
 
 
 @dataclasses.dataclass
@@ -76,6 +94,7 @@ class _Sums:
     exposed: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     rows: dict = dataclasses.field(default_factory=dict)
     unknown: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    moments: list[Moment] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +111,8 @@ class _Clock:
     """The time within one run of a computation, and what is on its way."""
 
     now: float = 0.0
+    base: float = 0.0  # second of the step at which the first run begins
+    stretch: float = 1.0  # seconds of the step that one of this run stands for; 0: not told
     pending: dict = dataclasses.field(default_factory=dict)  # key of a start: (end, row key, seconds)
     free: dict = dataclasses.field(
         default_factory=dict
@@ -120,7 +141,30 @@ def read(
         exposed[" x ".join(axes) or "?"] += waited
         rows.append(Row(kind, axes, part, network, count, size, seconds, waited, tuple(sources[:4])))
     time = Time(*(float(sums.seconds[of]) for of in ("matmul", "attention", "memory", "other")), dict(exposed))
-    return Schedule(time, tuple(sorted(rows, key=lambda row: -row.seconds)), dict(sums.unknown))
+    rows = tuple(sorted(rows, key=lambda row: -row.seconds))
+    return Schedule(time, rows, dict(sums.unknown), tuple(_touching(sums.moments, time.step)))
+
+
+def _touching(moments: Sequence[Moment], total: float) -> list[Moment]:
+    """Moments that are alike and touch, as one; what no picture could show is left out."""
+    last: dict[str, Moment] = {}
+    found = []
+    for moment in sorted(moments, key=lambda moment: moment.begin):
+        before = last.get(moment.lane)
+        alike = before and (before.what, before.kind, before.waited) == (moment.what, moment.kind, moment.waited)
+        if alike and moment.begin - before.end < 1e-4 * total:
+            found.remove(before)
+            moment = dataclasses.replace(moment, begin=before.begin, end=max(before.end, moment.end))
+        last[moment.lane] = moment
+        found.append(moment)
+    return sorted((m for m in found if m.end - m.begin > 2e-4 * total), key=lambda moment: moment.begin)
+
+
+def _tell(reader: _Reader, at: _Clock, lane: str, begin: float, end: float, *what) -> None:
+    """Notes a moment of this run of a computation, in seconds of the step."""
+    if at.stretch and end > begin:
+        first, last = (at.base + at.stretch * second for second in (begin, end))
+        reader.sums.moments.append(Moment(lane, first, last, *what))
 
 
 def _within(sums: _Sums) -> None:
@@ -135,9 +179,11 @@ def _within(sums: _Sums) -> None:
                 over -= moved
 
 
-def _run(reader: _Reader, computation: str, known: Numbers, count: int) -> float:
+def _run(
+    reader: _Reader, computation: str, known: Numbers, count: int, base: float = 0.0, stretch: float = 1.0
+) -> float:
     """Seconds of one run of a computation that runs `count` times in a step."""
-    at = _Clock()
+    at = _Clock(base=base, stretch=stretch)
     for x in reader.module.computations[computation].values():
         _instruction(reader, computation, x, known, count, at)
     return at.now
@@ -150,16 +196,22 @@ def _instruction(reader: _Reader, computation: str, x: Instruction, known: Numbe
             reader.sums.unknown[f"while whose turns depend on data, {x.operation() or x.name}"] += count
             often = 1
         inside = hlo.unchanged(reader.module, body, hlo.start(reader.module, computation, x, known))
-        at.now += often * _run(reader, body, inside, count * often)
+        before, base = at.now, at.base + at.stretch * at.now
+        at.now += often * _run(reader, body, inside, count * often, base, at.stretch * often)
+        _tell(reader, at, "loop", before, at.now, _turns(reader.module, body, often), "loop")
     elif x.opcode == "conditional":
-        at.now += max(_run(reader, name, {}, count) for name in x.called())
+        at.now += max(_run(reader, name, {}, count, stretch=0.0) for name in x.called())
     elif x.opcode == "call-done" and x.operands[0] not in at.pending:
         pass
     elif x.opcode in ("call", "async-start") and not _travels(reader.module, computation, x):
-        at.now += sum(_run(reader, name, {}, count) for name in x.called())
+        for name in x.called():
+            at.now += _run(reader, name, {}, count, at.base + at.stretch * at.now, at.stretch)
     elif (key := _ends(reader.module, computation, x)) is not None and key in at.pending:
         end, row, seconds = at.pending.pop(key)
         waited = min(max(0.0, end - at.now), seconds)
+        _tell(reader, at, "compute", at.now, at.now + waited, "waiting for the network", "wait")
+        _tell(reader, at, _lane(row), at.now, at.now + waited, f"{row[0]} for {row[2]}", row[0], True)
+        _tell(reader, at, _lane(row), end - seconds, at.now, f"{row[0]} for {row[2]}", row[0])
         at.now += waited
         reader.sums.exposed[row] += count * waited
     elif found := _travels(reader.module, computation, x):
@@ -168,7 +220,21 @@ def _instruction(reader: _Reader, computation: str, x: Instruction, known: Numbe
         found = cost(reader.module, computation, x, reader.cluster.chip)
         reader.sums.seconds[found.part] += count * found.seconds
         reader.sums.unknown.update({found.unknown: count} if found.unknown else {})
+        if found.seconds:
+            part = part_of(hlo.origin(reader.module, computation, x))
+            _tell(reader, at, "compute", at.now, at.now + found.seconds, part, found.part)
         at.now += found.seconds
+
+
+def _lane(row: tuple[str, tuple[str, ...], str]) -> str:
+    return " x ".join(row[1]) or "?"
+
+
+def _turns(module: Module, body: str, often: int) -> str:
+    """A loop in words: how often it turns, and whether it goes back through what another went through."""
+    inside = [x.operation() for x in module.computations[body].values() if "/" in x.operation()]
+    back = sum("transpose(jvp" in operation for operation in inside) > len(inside) / 2
+    return f"{often} turns{', backward' * back}"
 
 
 def _send(
@@ -195,9 +261,12 @@ def _send(
     else:
         reader.sums.exposed[before] += count * (beginning - at.now)
         reader.sums.exposed[row] += count * seconds
+        _tell(reader, at, "compute", at.now, beginning + seconds, "waiting for the network", "wait")
+        _tell(reader, at, _lane(row), beginning, beginning + seconds, f"{row[0]} for {row[2]}", row[0], True)
         at.now = beginning + seconds
     cycles = x.cycles() if not _starts(reader.module, x) else None
     if cycles and (rate := clock(reader.cluster.chip)):  # a product in one fusion with the collective
+        _tell(reader, at, "compute", at.now, at.now + cycles / rate, part, "matmul")
         reader.sums.seconds["matmul"] += count * cycles / rate
         at.now += cycles / rate
 

@@ -5,6 +5,7 @@ The files are what libtpu 0.0.42 printed for `jit(train_step)` of weights [5, 20
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,26 @@ def test_sums_where_parts_would_do_are_worth_a_look():
     assert list(schedule.warnings(few)) == []
     [said] = schedule.warnings([*few, row("all-reduce", ("fsdp",), "mlp", 10**8)])
     assert said.startswith("4 all-reduces of 100.0 MB over fsdp in mlp")
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_moments_fill_the_step_and_what_is_waited_for_is_what_nothing_hides(name):
+    found = read(name)
+    for kinds, seconds in (
+        (("matmul",), found.time.matmul),
+        (("attention", "memory", "other"), found.time.attention + found.time.memory + found.time.other),
+        (("wait",), sum(found.time.exposed.values())),
+    ):
+        told = sum(m.end - m.begin for m in found.moments if m.lane == "compute" and m.kind in kinds)
+        assert told == pytest.approx(seconds, abs=0.02 * found.time.step), kinds
+    assert max(m.end for m in found.moments) == pytest.approx(found.time.step, rel=0.02)
+    compute = [m for m in found.moments if m.lane == "compute"]
+    assert all(a.end <= b.begin + 1e-9 for a, b in itertools.pairwise(compute))
+
+
+@pytest.mark.parametrize("name", ["v5p", "v5e_overlap"])
+def test_a_loop_is_told_as_one_turn_stretched_over_all(name):
+    loops = [m for m in read(name).moments if m.lane == "loop"]
+    assert [m.what for m in loops] == [f"{LAYERS} turns", f"{LAYERS} turns, backward"]
+    gathers = [m for m in read(name).moments if m.kind == "all-gather" and m.waited]
+    assert gathers and all(any(x.begin <= g.begin and g.end <= x.end + 1e-9 for x in loops) for g in gathers)
