@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llmjax.data import packing, shards
+from llmjax.data import packing, places, shards
 from llmjax.data.tokenizer import load
 from llmjax.errors import DATA, USAGE, Refused
 
@@ -149,7 +149,7 @@ class Store:
             raise Refused("data.path is empty: give the folder of a store, as `llmjax data build` writes it.", USAGE)
         if self.packing not in ("split", "best_fit"):
             raise Refused(f"data.packing is {self.packing!r}: give split or best_fit.", USAGE)
-        store = shards.open_shards(Path(self.path).expanduser())
+        store = shards.open_shards(places.local(self.path, "data.path"))
         check_tokenizer(store, self.tokenizer)
         if not len(store.entries["heldout"]):
             raise Refused(
