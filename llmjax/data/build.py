@@ -34,7 +34,7 @@ class Build:
     """What a store is built from."""
 
     source: tuple[str, ...] = ()
-    "Files and folders of text, .jsonl (.gz, .zst), .parquet, .arrow, or tokens (.bin of nanoGPT, llm.c, Megatron)."
+    "Text, .jsonl, .parquet, .arrow (also in folders, .gz, .zst, or at a URL), token files (.bin), hf://OWNER/NAME:SPLIT."
     heldout_source: tuple[str, ...] = ()
     "The same, all of it held out."
     tokenizer: str = "bytes"

@@ -117,7 +117,7 @@ def parquet(name: str, path: str, field: str, start: int, stop: int) -> Iterator
     with arrow_errors(path) as pyarrow:
         import pyarrow.parquet
 
-        file = pyarrow.parquet.ParquetFile(places.opened(path))
+        file = pyarrow.parquet.ParquetFile(pyarrow.PythonFile(places.opened(path), "r"))
         row = sum(file.metadata.row_group(group).num_rows for group in range(start))
         try:
             for batch in file.iter_batches(256, range(start, stop), [field]):
@@ -138,7 +138,7 @@ def arrow(name: str, path: str, field: str, start: int, stop: int) -> Iterator[P
 
 
 def _arrow_file(pyarrow, path: str):
-    return pyarrow.PythonFile(places.opened(path)) if places.remote(path) else pyarrow.memory_map(path)
+    return pyarrow.PythonFile(places.opened(path), "r") if places.remote(path) else pyarrow.memory_map(path)
 
 
 def arrow_batches(pyarrow, file) -> Iterator:
@@ -187,7 +187,9 @@ def _opened(path: str) -> IO[bytes]:
         return gzip.open(places.opened(path), "rb")
     if path.endswith((".zst", ".zstd")):
         with arrow_errors(path) as pyarrow:
-            return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(places.opened(path)), "zstd"))
+            return io.BufferedReader(
+                pyarrow.CompressedInputStream(pyarrow.PythonFile(places.opened(path), "r"), "zstd")
+            )
     return places.opened(path)
 
 

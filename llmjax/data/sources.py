@@ -126,10 +126,11 @@ def _spans(read: Callable, file: File, field: str, cuts: list[int]) -> list[Unit
 
 def _row_groups(path: str, field: str, size: int) -> list[int]:
     """Where to cut a Parquet file, in row groups."""
-    with records.arrow_errors(path):
+    with records.arrow_errors(path) as pyarrow:
         import pyarrow.parquet
 
-        with places.opened(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+        opened = pyarrow.PythonFile(places.opened(path), "r")
+        with opened, pyarrow.parquet.ParquetFile(opened) as file:
             if field not in file.schema_arrow.names:
                 has = ", ".join(file.schema_arrow.names)
                 raise Refused(f"'{path}' has no column '{field}' (it has {has}): name one with --field.", DATA)

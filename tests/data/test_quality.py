@@ -79,7 +79,7 @@ def test_documents_that_share_most_of_their_text_are_one_and_others_are_not(tmp_
     write(tmp_path / "a.jsonl", originals + close + far + ["", "!", "...", "one two", "One two"])
     store = made(tmp_path / "out", tmp_path / "a.jsonl", duplicates="near")
     assert texts(store) == originals + far + ["!", "...", "one two"]
-    assert store.record["left_out"] == {"nearly a duplicate": 61}
+    assert store.record["left_out"] == {"a duplicate": 1, "nearly a duplicate": 60}
 
 
 def test_what_is_joined_through_others_is_one_group_and_its_first_stays():
