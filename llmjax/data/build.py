@@ -38,7 +38,7 @@ class Build:
     heldout_source: tuple[str, ...] = ()
     "The same, all of it held out."
     tokenizer: str = "bytes"
-    "A tokenizer.json, or `bytes`: one token per byte."
+    "A tokenizer.json, a SentencePiece .model, or `bytes`: one token per byte."
     field: str = "text"
     "Where the text of a record is, in JSONL, Parquet and Arrow."
     only: tuple[str, ...] = ()
@@ -201,6 +201,7 @@ def _how(asked: Build, unfinished: Path) -> encode.How:
     else:
         built = TokenizerFile(asked.tokenizer).build()
         content = reading.content(Path(asked.tokenizer).expanduser(), reading.TOKENIZER, follow=True)
+        content = built.to_str(pretty=True).encode() if asked.tokenizer.endswith(".model") else content
     shards.write(path, content)
     return encode.How(
         str(path), vocabulary(built), end_of_text(built), asked.heldout, asked.bad, asked.quality != Quality()
