@@ -109,12 +109,13 @@ def _add(writer: shards.Writer, pieces: list[records.Piece], how: How) -> None:
     for piece, ids in zip(pieces, encoded, strict=True):
         if piece.first:
             starts.append(at)
-        arrays.append(np.array([how.end] * piece.first + ids, writer.dtype))
-        at += len(arrays[-1])
+            arrays.append(np.array([how.end], writer.dtype))
+        arrays.append(np.asarray(ids).astype(writer.dtype))
+        at += piece.first + len(ids)
     writer.add(np.concatenate(arrays), starts, sum(len(text.encode()) for text in texts))
 
 
-def _encode(tokenizer: str, texts: list[str]) -> list[list[int]]:
+def _encode(tokenizer: str, texts: list[str]) -> list[list[int]] | list[np.ndarray]:
     loaded, known = _load(tokenizer, os.stat(tokenizer).st_mtime_ns)
     if known is not None:
         return words.encode(loaded, texts, known)
