@@ -30,7 +30,7 @@ def hashes(found: Sequence[str], known: dict[str, int]) -> np.ndarray:
     """A hash of each word, uint64; `known` keeps those of words from call to call."""
     if len(known) > _MOST:
         known.clear()
-    for word in set(found) - known.keys():
+    for word in {word for word in found if word not in known}:
         known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest())
     return np.fromiter(map(known.__getitem__, found), np.uint64, len(found))
 
