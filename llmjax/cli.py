@@ -25,6 +25,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
 
   llmjax train [EXPERIMENT] [--field value ...]   train, or continue, an experiment (default: stdlib_tiny)
   llmjax train [EXPERIMENT] --from RUN            the same, beginning with a run's weights, or a Hugging Face folder's
+  llmjax train [EXPERIMENT] --data.report         what the run would see of its data; trains nothing
   llmjax import FOLDER [--name NAME]              make a run of a Hugging Face checkpoint
   llmjax export RUN FOLDER [--dtype bfloat16]     write a run's weights as a Hugging Face checkpoint
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
@@ -68,6 +69,7 @@ OWN = {
     "diff": ("diff", "Options", "diff"),
     "profile": ("profile", "Options", "profile"),
 }
+REPORT = "--data.report"  # of train: what a run will see of its data, and no training
 LAUNCHED = ("train", "parity", "bench", "supervise")  # what several processes can do together
 
 
@@ -262,10 +264,15 @@ def _train(run: "Run", arguments: list[str], notice: Notice) -> int:
         processes: Processes = Processes()
         supervised: Supervised = Supervised()
 
-    asked = parse(Train(run), arguments, f"train {run.name}", f"Trains, or continues, {run.name}.")
+    words = [word for word in arguments if word != REPORT]
+    asked = parse(Train(run), words, f"train {run.name}", f"Trains, or continues, {run.name}.")
+    named = dataclasses.replace(asked.run, name=asked.run.name or run.name)
+    if REPORT in arguments:
+        from llmjax.commands.data_report import report
+
+        return report(named)
     from llmjax.commands.train import train
 
-    named = dataclasses.replace(asked.run, name=asked.run.name or run.name)
     try:
         return train(named, asked.processes, asked.supervised, notice)
     except TooFewDevices:  # the exit code is that of any other refusal

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from llmjax.data import packing, shards
+from llmjax.data import packing, places, shards
 from llmjax.data.build import Build, build, summary
 from llmjax.data.stored import StoreDataset
 from llmjax.errors import DONE, USAGE, Refused
@@ -38,11 +38,13 @@ def data(asked: Options, display: Display | None = None) -> int:
       Refused: as `llmjax.data.build.build`.
     """
     display = display or Display()
-    out = Path(asked.out).expanduser()
+    out = places.local(asked.out, "OUT")
     record = build(asked.build, out, asked.workers or os.cpu_count() or 1, display.say).record
     display.say(f"{out}: {summary(record)}.")
     for reason, count in record["bad"].items():
         display.say(f"  left out {count:,}: {reason}")
+    for reason, count in record.get("left_out", {}).items():
+        display.say(f"  left out {count:,} documents: {reason}")
     if record["empty"]:
         display.say(f"  left out {record['empty']:,} documents without text")
     return DONE
@@ -64,7 +66,7 @@ def stats(asked: Stats, display: Display | None = None) -> int:
     Raises:
       Refused: it is no store or is damaged (code 65), or a length is below 1 (code 2).
     """
-    display, store = display or Display(), shards.open_shards(Path(asked.out).expanduser())
+    display, store = display or Display(), shards.open_shards(places.local(asked.out, "OUT"))
     if bad := [length for length in asked.sequence if length < 1]:
         raise Refused(f"--sequence is {bad[0]}: give at least 1 token.", USAGE)
     display.say(f"{asked.out}: {summary(store.record)}.")
@@ -116,7 +118,7 @@ def show(asked: Show, console: Console | None = None) -> int:
     Raises:
       Refused: it is no store or is damaged (code 65), or there is no such row (code 2).
     """
-    console, store = console or Console(highlight=False), shards.open_shards(Path(asked.out).expanduser())
+    console, store = console or Console(highlight=False), shards.open_shards(places.local(asked.out, "OUT"))
     if asked.sequence < 1:
         raise Refused(f"--sequence is {asked.sequence}: give at least 1 token.", USAGE)
     with tempfile.TemporaryDirectory() as cache:

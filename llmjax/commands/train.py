@@ -25,6 +25,7 @@ from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.checkpoint.retention import Retention
 from llmjax.data import mixture
 from llmjax.data.dataset import check_rows
+from llmjax.data.stored import check_epochs
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PREEMPTED, USAGE, Refused
 from llmjax.evaluate.generate import Sampling, complete
 from llmjax.mesh import Axes
@@ -294,10 +295,20 @@ def open_data(program: Program, display: Display, first: bool):
     if first:
         system.barrier("data")
     system.agreement(dict(data=dataset.fingerprint), DATA)
+    check_data(run, dataset)
+    if isinstance(dataset, mixture.MixtureDataset):
+        display.table(["source", "asked", "sees", "rows", "epochs"], mixture.report(dataset, run.steps, run.batch))
+    return dataset
+
+
+def check_data(run: Run, dataset) -> None:
+    """Refuses data that cannot fill a batch, would be gone through too often, or has tokens that the model lacks."""
     check_rows(dataset, run.batch)
     if isinstance(dataset, mixture.MixtureDataset):
         mixture.check(dataset, run.steps, run.batch)
-        display.table(["source", "asked", "sees", "rows", "epochs"], mixture.report(dataset, run.steps, run.batch))
+    else:
+        passes, most = run.steps * run.batch / dataset.size("train"), getattr(dataset, "epochs", 0.0)
+        check_epochs(getattr(run.data, "path", "the corpus"), passes, most, run.steps, "lower")
     vocab = getattr(run.model, "vocab", None)
     if vocab and dataset.vocab and dataset.vocab > vocab:
         raise Refused(
@@ -305,7 +316,6 @@ def open_data(program: Program, display: Display, first: bool):
             f"smaller tokenizer (--data.tokenizer.vocab).",
             DATA,
         )
-    return dataset
 
 
 def questions(program: Program, dataset) -> loop.Tasks | None:

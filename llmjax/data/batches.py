@@ -9,7 +9,7 @@ import hashlib
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -22,21 +22,29 @@ from llmjax.errors import DATA, IO, Refused
 Made = TypeVar("Made")
 
 
-def order(step: int, *, batch: int, size: int, seed: int) -> np.ndarray:
+def order(step: int, *, batch: int, size: int, seed: int, ranked: Sequence[int] | None = None) -> np.ndarray:
     """The rows of the global batch at `step` (from 0): int64 [batch].
 
     The batches follow one another through a shuffle of all `size` rows, then through another: within an epoch no row
-    comes twice and none is left out. A batch may span two epochs. Finding a row costs the same anywhere.
+    comes twice and none is left out. A batch may span two epochs. Finding a row costs the same anywhere. `ranked` rows
+    take the place of the shuffle, in every epoch.
     """
-    return np.array([row_at(step * batch + i, size, seed) for i in range(batch)], np.int64)
+    return np.array([row_at(step * batch + i, size, seed, ranked) for i in range(batch)], np.int64)
 
 
-def row_at(position: int, size: int, seed: int | str) -> int:
-    """The row at a position of the endless walk through shuffles of all `size` rows."""
+def row_at(position: int, size: int, seed: int | str, ranked: Sequence[int] | None = None) -> int:
+    """The row at a position of the endless walk through shuffles of all `size` rows, or through `ranked` rows."""
+    if ranked is not None:
+        return int(ranked[position % size])
     from grain.experimental import index_shuffle  # half a second of imports that only training needs
 
     epoch, index = divmod(position, size)
     return index_shuffle(index, max_index=size - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+
+
+def ranked(dataset: Dataset) -> Sequence[int] | None:
+    """The rows in the order that a dataset has of its own; None: it is shuffled."""
+    return getattr(dataset, "ranked", None)  # most have none, nor have those of experiments
 
 
 def _epoch_seed(seed: int | str, epoch: int) -> int:

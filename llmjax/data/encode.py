@@ -1,7 +1,6 @@
 """Turns one unit of a build into its shards, in a process of its own: tokens, document starts, counts."""
 
 import functools
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llmjax.data import records, shards, tokenfiles, words
+from llmjax.data import quality, records, shards, sources, tokenfiles, words
 from llmjax.data.sources import Unit
 from llmjax.data.tokenizer import TokenizerFile
 from llmjax.errors import DATA, Refused
@@ -30,6 +29,8 @@ class How(NamedTuple):
     "Share of the documents that is held out, each drawn by its name."
     bad: str
     "fail or skip."
+    judged: bool
+    "Whether `verdicts` says of every document if it is left out."
 
 
 def unit(number: int, of: Unit, how: How, folder: Path) -> dict[str, Any]:
@@ -42,26 +43,37 @@ def unit(number: int, of: Unit, how: How, folder: Path) -> dict[str, Any]:
     if of.tokens:
         base = shards.stem(folder, number, of.side)
         facts = tokenfiles.index(of.tokens, base, how.vocab, how.end)
-        return dict(source=of.source, shards={of.side: facts}, documents=facts["documents"], bad={}, sample=[], empty=0)
-    bad, sample = Counter(), []
+        return dict(source=of.source, shards={of.side: facts}, documents=facts["documents"], bad={}, sample=[], empty=0,
+                    left_out={}, left_out_sample=[])  # fmt: skip
+    bad, sample, left, left_sample = Counter(), [], Counter(), []
     dtype = np.dtype("<u2" if how.vocab <= 1 << 16 else "<u4")
     writers = {split: shards.Writer(shards.stem(folder, number, split), dtype) for split in shards.SPLITS}
     read = 0
     empty = [0]
-    for batch in _batches(_good(of, how, bad, sample, empty)):
+    pieces = good(of, how.bad, bad, sample, empty)
+    if how.judged:
+        pieces = quality.kept(pieces, np.fromfile(verdicts(folder, number), np.uint8), left, left_sample, SAMPLE)
+    for batch in _batches(pieces):
         read += sum(piece.first for piece in batch)
         for split in shards.SPLITS:
-            _add(writers[split], [piece for piece in batch if _split(piece.name, of.side, how.heldout) == split], how)
+            here = [piece for piece in batch if sources.split(piece.name, of.side, how.heldout) == split]
+            _add(writers[split], here, how)
     written = {split: facts for split, writer in writers.items() if (facts := writer.close())}
-    return dict(source=of.source, shards=written, documents=read, bad=dict(bad), sample=sample, empty=empty[0])
+    facts = dict(source=of.source, shards=written, documents=read, bad=dict(bad), sample=sample, empty=empty[0])
+    return facts | dict(left_out=dict(left), left_out_sample=left_sample)
 
 
-def _good(of: Unit, how: How, bad: Counter, sample: list, empty: list) -> Iterator[records.Piece]:
+def verdicts(folder: Path, number: int) -> Path:
+    """The file of the verdicts on a unit's documents, of a build in `folder`."""
+    return folder / "parts" / f"{number:06}.verdicts"
+
+
+def good(of: Unit, policy: str, bad: Counter, sample: list, empty: list) -> Iterator[records.Piece]:
     """The pieces of a unit's documents; what is bad is refused, or counted, and so is what is empty."""
     for read in of.read:
         for found in read():
             if isinstance(found, records.Bad):
-                if how.bad == "fail":
+                if policy == "fail":
                     raise Refused(
                         f"'{read.args[1]}' has a bad record, {found.name} ({found.reason}): put it right, or leave "
                         "such records out with --bad skip.",
@@ -88,14 +100,6 @@ def _batches(pieces: Iterable[records.Piece]) -> Iterator[list[records.Piece]]:
         yield batch
 
 
-def _split(name: str, side: str, heldout: float) -> str:
-    """The split of a document: that of its source, or drawn by its name as `corpus.split` draws files."""
-    if side or not heldout:
-        return side or "train"
-    draw = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
-    return "heldout" if draw < heldout else "train"
-
-
 def _add(writer: shards.Writer, pieces: list[records.Piece], how: How) -> None:
     if not pieces:
         return
@@ -105,12 +109,13 @@ def _add(writer: shards.Writer, pieces: list[records.Piece], how: How) -> None:
     for piece, ids in zip(pieces, encoded, strict=True):
         if piece.first:
             starts.append(at)
-        arrays.append(np.array([how.end] * piece.first + ids, writer.dtype))
-        at += len(arrays[-1])
+            arrays.append(np.array([how.end], writer.dtype))
+        arrays.append(np.asarray(ids).astype(writer.dtype))
+        at += piece.first + len(ids)
     writer.add(np.concatenate(arrays), starts, sum(len(text.encode()) for text in texts))
 
 
-def _encode(tokenizer: str, texts: list[str]) -> list[list[int]]:
+def _encode(tokenizer: str, texts: list[str]) -> list[list[int]] | list[np.ndarray]:
     loaded, known = _load(tokenizer, os.stat(tokenizer).st_mtime_ns)
     if known is not None:
         return words.encode(loaded, texts, known)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmjax.data.batches import row_at
+from llmjax.data.batches import ranked, row_at
+from llmjax.data.stored import check_epochs
 from llmjax.errors import DATA, USAGE, Refused
 
 if TYPE_CHECKING:
@@ -156,14 +157,15 @@ class MixtureDataset:
 def order(dataset: MixtureDataset, step: int, *, batch: int, seed: int) -> np.ndarray:
     """The rows of the global batch at `step` (from 0), int64 [batch]: a pure function, at the same cost anywhere.
 
-    Each source is walked through shuffles of all its rows, one after another, without replacement.
+    Each source is walked through shuffles of all its rows, one after another, without replacement, or in its own order.
     """
     number = max(n for n, phase in enumerate(dataset.phases) if phase.step <= step)
     before, begin = _before(dataset, number, batch), dataset.phases[number].step * batch
     first, rows = dataset._first("train"), []
     for position in range(step * batch - begin, (step + 1) * batch - begin):
         source, ordinal = at(dataset.phases[number].weights, position)
-        walked = row_at(before[source] + ordinal, dataset.sources[source].size("train"), f"{seed} source {source}")
+        of = dataset.sources[source]
+        walked = row_at(before[source] + ordinal, of.size("train"), f"{seed} source {source}", ranked(of))
         rows.append(int(first[source]) + walked)
     return np.array(rows, np.int64)
 
@@ -223,15 +225,11 @@ def _period(quotas: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(dataset: MixtureDataset, steps: int, batch: int) -> None:
-    """Refuses a run that goes through a source more often than it may (code 65)."""
+    """Refuses a run that goes through a source more often than it, or the mixture, may (code 65)."""
     for name, source, rows in zip(dataset.names, dataset.sources, seen(dataset, steps, batch), strict=True):
         passes = rows / source.size("train")
-        if dataset.epochs and passes > dataset.epochs:
-            raise Refused(
-                f"'{name}' would be gone through {passes:.2f} times in {steps} steps, but data.epochs is "
-                f"{dataset.epochs:g}: lower its weight or --steps, or raise --data.epochs.",
-                DATA,
-            )
+        for most in (dataset.epochs, getattr(source, "epochs", 0.0)):
+            check_epochs(name, passes, most, steps, "lower its weight or")
 
 
 def report(dataset: MixtureDataset, steps: int, batch: int) -> list[list[str]]:

@@ -10,9 +10,9 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, NamedTuple
 
+from llmjax.data import places
 from llmjax.errors import DATA, Refused
 
 PIECE = 1 << 20  # characters of a text that are read at once
@@ -70,6 +70,26 @@ def jsonl(name: str, path: str, field: str, start: int, stop: int) -> Iterator[P
         yield Bad(name, f"cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
+def strings(name: str, path: str) -> Iterator[Piece | Bad]:
+    """Every text anywhere in the records of a JSONL file."""
+    at = 0
+    with _opened(path) as file:
+        while line := file.readline(LONGEST):
+            where, at = f"{name}@{at}", at + len(line)
+            try:
+                yield from (Piece(where, text) for text in _strings(json.loads(line) if line.strip() else []))
+            except (ValueError, RecursionError):
+                yield Bad(where, "not JSON")
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
 def _parsed(where: str, line: bytes, field: str) -> Piece | Bad:
     try:
         value = json.loads(line)
@@ -97,7 +117,7 @@ def parquet(name: str, path: str, field: str, start: int, stop: int) -> Iterator
     with arrow_errors(path) as pyarrow:
         import pyarrow.parquet
 
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(pyarrow.PythonFile(places.opened(path), "r"))
         row = sum(file.metadata.row_group(group).num_rows for group in range(start))
         try:
             for batch in file.iter_batches(256, range(start, stop), [field]):
@@ -109,12 +129,16 @@ def parquet(name: str, path: str, field: str, start: int, stop: int) -> Iterator
 
 def arrow(name: str, path: str, field: str, start: int, stop: int) -> Iterator[Piece | Bad]:
     """The texts of an Arrow file, or a stream as the `datasets` library keeps them."""
-    with arrow_errors(path) as pyarrow, pyarrow.memory_map(path) as file:
+    with arrow_errors(path) as pyarrow, _arrow_file(pyarrow, path) as file:
         row = 0
         for batch in arrow_batches(pyarrow, file):
             for at in range(0, batch.num_rows, 256):
                 yield from _column(name, batch.column(field).slice(at, 256), field, row + at)
             row += batch.num_rows
+
+
+def _arrow_file(pyarrow, path: str):
+    return pyarrow.PythonFile(places.opened(path), "r") if places.remote(path) else pyarrow.memory_map(path)
 
 
 def arrow_batches(pyarrow, file) -> Iterator:
@@ -160,11 +184,13 @@ def _parts(found: Piece | Bad) -> Iterator[Piece | Bad]:
 
 def _opened(path: str) -> IO[bytes]:
     if path.endswith(".gz"):
-        return gzip.open(path, "rb")
+        return gzip.open(places.opened(path), "rb")
     if path.endswith((".zst", ".zstd")):
         with arrow_errors(path) as pyarrow:
-            return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd"))
-    return Path(path).open("rb")
+            return io.BufferedReader(
+                pyarrow.CompressedInputStream(pyarrow.PythonFile(places.opened(path), "r"), "zstd")
+            )
+    return places.opened(path)
 
 
 def _skip_line(file: IO[bytes]) -> int:

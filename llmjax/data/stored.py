@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llmjax.data import packing, shards
+from llmjax.data import ordering, packing, places, shards
 from llmjax.data.tokenizer import load
 from llmjax.errors import DATA, USAGE, Refused
 
@@ -29,11 +30,18 @@ class StoreDataset:
     segments: bool
     packed: packing.Packing | None
     "The training rows, or None: cut every T tokens."
+    order: str = "shuffle"
+    "As in `Store`."
+    ranked: Sequence[int] | None = None
+    "The training rows in the order that a run takes them; None: shuffled anew in every epoch."
+    epochs: float = 0.0
+    "As in `Store`."
 
     @property
     def fingerprint(self) -> str:
-        """Differs where the tokens, the tokenizer, the sequence length, the packing or the segments differ."""
+        """Differs where the tokens, the tokenizer, the sequence length, the packing, the segments or the order do."""
         parts = (self.store.record["fingerprint"], self.sequence, self.packed is not None, self.segments)
+        parts += () if self.order == "shuffle" else (self.order,)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     @functools.cached_property
@@ -135,6 +143,10 @@ class Store:
     "Attention stays within a document."
     tokenizer: str = ""
     "A tokenizer.json that the store must have been made with; empty: whichever it was."
+    order: Literal["shuffle", "stored", "short_first"] = "shuffle"
+    "Of rows: shuffled, anew in every epoch; as they are stored; or those of the shortest documents first."
+    epochs: float = 0.0
+    "A run that would go through the store more often is refused; 0: as often as its steps ask for."
 
     def open(self, sequence: int, cache: Path, say: Callable[[str], None] = lambda _: None) -> StoreDataset:
         """Opens the store as rows of `sequence` tokens; a best-fit packing is decided the first time, below `cache`.
@@ -149,7 +161,11 @@ class Store:
             raise Refused("data.path is empty: give the folder of a store, as `llmjax data build` writes it.", USAGE)
         if self.packing not in ("split", "best_fit"):
             raise Refused(f"data.packing is {self.packing!r}: give split or best_fit.", USAGE)
-        store = shards.open_shards(Path(self.path).expanduser())
+        if self.order not in ("shuffle", "stored", "short_first"):
+            raise Refused(f"data.order is {self.order!r}: give shuffle, stored or short_first.", USAGE)
+        if not 0 <= self.epochs < math.inf:
+            raise Refused(f"data.epochs is {self.epochs}: give a number of passes, or 0 for any.", USAGE)
+        store = shards.open_shards(places.local(self.path, "data.path"))
         check_tokenizer(store, self.tokenizer)
         if not len(store.entries["heldout"]):
             raise Refused(
@@ -164,7 +180,24 @@ class Store:
                 f"Packing best_fit: {facts['rows']:,} rows of {sequence}, {facts['padding']:.2%} padding, "
                 f"{facts['cut']:.2%} of {facts['documents']:,} documents cut, as they are longer than a row."
             )
-        return StoreDataset(store, sequence, self.segments, packed)
+        dataset = StoreDataset(store, sequence, self.segments, packed, self.order, None, self.epochs)
+        rows = dataset.size("train")
+        match self.order:
+            case "stored":
+                return dataclasses.replace(dataset, ranked=range(rows))
+            case "short_first":
+                return dataclasses.replace(dataset, ranked=ordering.ensure(store, sequence, rows, packed, Path(cache)))
+        return dataset
+
+
+def check_epochs(name: str, passes: float, most: float, steps: int, remedy: str) -> None:
+    """Refuses a run that goes through a source more often than it may (code 65)."""
+    if most and passes > most:
+        raise Refused(
+            f"'{name}' would be gone through {passes:.2f} times in {steps} steps, but data.epochs is {most:g}: {remedy}"
+            " --steps, or raise --data.epochs.",
+            DATA,
+        )
 
 
 def check_tokenizer(store: shards.Shards, path: str) -> None:

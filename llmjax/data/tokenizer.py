@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmjax import reading
+from llmjax.data import spm
 from llmjax.errors import DATA, USAGE, Refused
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFile:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library."""
+    """A `tokenizer.json` of the Hugging Face `tokenizers` library, or a SentencePiece `.model`."""
 
     path: str
     "The file; nothing is downloaded."
@@ -111,15 +112,20 @@ class TokenizerFile:
 
 
 def load(path: str | Path) -> "Tokenizer":
-    """Reads a `tokenizer.json`.
+    """Reads a `tokenizer.json`, or a SentencePiece `.model`.
 
     Raises:
-      Refused: the file is missing, larger than any, or is no tokenizer (code 65).
+      Refused: the file is missing, larger than any, or is no tokenizer (code 65); what reads it is not installed.
     """
     from tokenizers import Tokenizer
 
     try:
-        return plain(Tokenizer.from_buffer(reading.content(Path(path).expanduser(), reading.TOKENIZER, follow=True)))
+        content = reading.content(Path(path).expanduser(), reading.TOKENIZER, follow=True)
+        if str(path).endswith(".model"):
+            return plain(spm.convert(content, str(path)))
+        return plain(Tokenizer.from_buffer(content))
+    except Refused:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise Refused(f"'{path}' is not a tokenizer.json ({error}): give one written by `tokenizers`.", DATA) from None
 

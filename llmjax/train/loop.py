@@ -18,7 +18,7 @@ from flax import nnx
 import llmjax
 from llmjax import processes
 from llmjax.data import mixture
-from llmjax.data.batches import order, place, prefetch
+from llmjax.data.batches import order, place, prefetch, ranked
 from llmjax.errors import IO, NON_FINITE, Refused
 from llmjax.optim import schedules
 from llmjax.run import FREE, Run, fingerprint, to_json
@@ -131,7 +131,7 @@ def rows_of(run: Run, dataset, step: int) -> np.ndarray:
     """The rows of the global batch of a step, counted from 0."""
     if isinstance(dataset, mixture.MixtureDataset):
         return mixture.order(dataset, step, batch=run.batch, seed=run.seed)
-    return order(step, batch=run.batch, size=dataset.size("train"), seed=run.seed)
+    return order(step, batch=run.batch, size=dataset.size("train"), seed=run.seed, ranked=ranked(dataset))
 
 
 def due(step: int, every: int) -> bool:

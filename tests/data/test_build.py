@@ -209,7 +209,7 @@ def test_what_is_asked_wrongly_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "empty").mkdir()
     cases = [
-        (["hf://x/y"], {}, 65, "local path"),
+        (["s3://x/y"], {}, 2, "s3fs"),
         ([tmp_path / "b.txt"], {}, 65, r"did you mean a\.txt"),
         ([tmp_path / "empty"], {}, 65, "without files"),
         ([], {}, 2, "--source"),
