@@ -20,9 +20,10 @@ from llmjax.errors import Refused
 from llmjax.evaluate.streaming import before
 from llmjax.layout import axes_of
 from llmjax.models import cache, nn
+from llmjax.models.cache import Parts
 
 WIDE, NARROW = 256, 32  # tokens of every row that are read at once, where prompts are long or not
-LEAST = 64  # positions that a cache has room for, or twice, four, ... times as many
+LEAST = 64  # positions by which caches differ at least
 BURST = 32  # tokens that are written before the host looks at them
 Ends = int | Sequence[int] | None
 
@@ -84,14 +85,14 @@ class State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _begin(model: nn.Decoder, rows: int, length: int, width: int) -> State:
-    x_B1D = model.embed(jnp.zeros((rows, 1), jnp.int32, out_sharding=nn.how().layout.gathered("BT")))
+def _begin(model: Parts, rows: int, length: int, width: int) -> State:
+    x_B1D = model.ends.embed(jnp.zeros((rows, 1), jnp.int32, out_sharding=nn.how().layout.gathered("BT")))
     return State(cache.empty(model, rows, length, width), jnp.zeros_like(x_B1D), jnp.zeros(rows, bool))
 
 
 @functools.partial(jax.jit, donate_argnums=1)
 def _read(
-    model: nn.Decoder, state: State, tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array, asked: jax.Array
+    model: Parts, state: State, tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array, asked: jax.Array
 ) -> State:
     """Takes in the first `count_B` tokens of every row, from position `start_B`; the first `asked` rows matter."""
     tokens_BT = jax.reshard(tokens_BT, nn.how().layout.gathered("BT"))
@@ -105,7 +106,7 @@ def _read(
 
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
 def _write(
-    model: nn.Decoder, state: State, how: Sampling, start_B: jax.Array, made: jax.Array, count: jax.Array,
+    model: Parts, state: State, how: Sampling, start_B: jax.Array, made: jax.Array, count: jax.Array,
     seed: jax.Array, ends: jax.Array,
 ) -> tuple[jax.Array, State]:  # fmt: skip
     """(up to `count` tokens of every row in [B, BURST], the state); fewer once all rows have come to an end."""
@@ -117,7 +118,7 @@ def _write(
 
     def turn(carry):
         i, tokens_BN, state = carry
-        logits_BV = jax.reshard(model.head(state.x_B1D)[:, 0].astype(jnp.float32), P(None, None))
+        logits_BV = jax.reshard(model.ends.head(state.x_B1D)[:, 0].astype(jnp.float32), P(None, None))
         token_B = choose(logits_BV, jax.random.fold_in(jax.random.key(seed), made + i), how)
         tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], i, 1)
         token_B1 = jax.reshard(token_B[:, None], nn.how().layout.gathered("BT"))
@@ -137,13 +138,14 @@ class Texts:
     spare ones are like the first.
     """
 
-    def __init__(self, model: nn.Decoder, rows: int, length: int, width: int = WIDE):
+    def __init__(self, model: Parts, rows: int, length: int, width: int = WIDE):
         shape = jax.sharding.get_abstract_mesh().shape
         ways = math.prod(shape[axis] for axis in axes_of(nn.how().layout.inner.get("B")))
-        self.model, self.asked, self.width = model, rows, width
+        self.asked, self.width = rows, width
         self.rows = -(-rows // ways) * ways
         with _whole():
-            self.state = _begin(model, self.rows, length, width)
+            self.model = model if isinstance(model, Parts) else cache.parts(model)
+            self.state = _begin(self.model, self.rows, length, width)
 
     def read(self, texts: Sequence[Sequence[int]], start: int = 0) -> None:
         """Reads tokens of every row, at least one, that follow on the first `start`, which are there."""
@@ -182,8 +184,9 @@ def _whole():
 
 
 def room(needed: int, positions: int) -> int:
-    """Positions of a cache for texts of so many: one of few sizes."""
-    return min(positions, max(LEAST, 1 << (needed - 1).bit_length()))
+    """Positions of a cache for texts of so many: a quarter more at most, and one of few sizes."""
+    step = max(LEAST, 1 << (needed - 1).bit_length() - 3)
+    return min(positions, -(-needed // step) * step)
 
 
 def complete(

@@ -1,6 +1,6 @@
 """Continuing a text: keys and values of earlier tokens are kept, so that a new token passes the layers alone.
 
-It works for every `nn.Decoder`: what its attention asks for while it is traced says what has to be kept. A cache lies
+This is so for every `nn.Decoder`: what its attention asks for while it is traced says what has to be kept. A cache lies
 over the mesh as keys do: rows as the batch, heads as heads. Its position dim S is a ring: position p lies in slot
 p mod S. Where attention looks back all the way, S is the longest text; in a window, the window and the tokens that come
 in at once, so no token overwrites what one beside it still sees.
@@ -8,7 +8,6 @@ in at once, so no token overwrites what one beside it still sees.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,21 +15,28 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
-from llmjax.layout import Layout
-from llmjax.models import memory, nn, scores
+from llmjax.layout import Layout, axes_of
+from llmjax.models import memory, nn, pipeline, scores
 from llmjax.models.scores import Scores
 
-STACKS = ("first", "blocks")  # of a Decoder, in the order in which tokens pass them
+
+class Parts(NamedTuple):
+    """A model as a text is continued with it, token by token, every one of which reads all its weights."""
+
+    ends: nn.Decoder
+    "The model without its layers."
+    stacks: tuple[nnx.Module, ...]
+    "Its layers, every parameter with a leading L, which tokens pass one stack after another."
 
 
 class Kept(NamedTuple):
-    """What one attention of a turn keeps, in every turn; without values, where these are the keys."""
+    """What one attention keeps in every turn of a stack; without values, where these are the keys."""
 
     keys_LBGSK: jax.Array
     values_LBGSK: jax.Array | None
 
 
-Cache = dict[str, tuple[Kept, ...]]  # by stack, then in the order in which attention is asked in a turn
+Cache = tuple[tuple[Kept, ...], ...]  # of every stack, in the order in which attention is asked in a turn
 
 
 def whole_sequences(layout: Layout) -> Layout:
@@ -42,20 +48,47 @@ def whole_sequences(layout: Layout) -> Layout:
     return dataclasses.replace(layout, stream=without(layout.stream), inner=without(layout.inner))
 
 
-def empty(model: nn.Decoder, rows: int, length: int, width: int) -> Cache:
+@jax.jit
+def parts(model: nn.Decoder) -> Parts:
+    """The model's weights as products need them, so that no token has to cast them.
+
+    Where the loop over layers has one turn (`nn.Compute.unroll`), the layers are taken apart as well: out of a stack,
+    each would be copied for every token. What is neither cast nor taken apart is not copied here.
+    """
+    model = jax.tree_util.tree_map_with_path(_cast, model)
+    stacks = []
+    for name in ("first", "blocks"):
+        if (blocks := getattr(model, name, None)) is not None:
+            turns = _turns(blocks)
+            apart = nn.how().unroll >= turns and (nn.stages() == 1 or name == "first")
+            stacks += [jax.tree.map(lambda x: x[i : i + 1], blocks) for i in range(turns)] if apart else [blocks]  # noqa: B023
+            setattr(model, name, None)
+    return Parts(model, tuple(stacks))
+
+
+def _cast(path, weight: jax.Array) -> jax.Array:
+    """A matrix as products use it; routers choose in float32, and eight bits are made of that."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    used = len(nn.dims_of(path)) > 1 and "router" not in name and not nn.how().rounding
+    return weight.astype(nn.how().operands) if used else weight
+
+
+def _turns(blocks: nnx.Module) -> int:
+    return len(jax.tree.leaves(blocks)[0])
+
+
+def empty(model: Parts, rows: int, length: int, width: int) -> Cache:
     """A cache for texts of up to `length` positions, to which up to `width` tokens come at once."""
 
-    def kept(turns: int, asked: "_Asked") -> Kept:
+    def kept(blocks, asked: "_Asked") -> Kept:
         longest = min(length, asked.window + width - 1) if asked.window else length
-        return Kept(*(x and _zeros(turns, x, longest) for x in (asked.key, asked.value)))
+        return Kept(*(x and _zeros(blocks, x, longest) for x in (asked.key, asked.value)))
 
-    return {
-        name: tuple(kept(turns, asked) for asked in _ask(model, blocks, rows)) for name, blocks, turns in _stacks(model)
-    }
+    return tuple(tuple(kept(blocks, asked) for asked in _ask(model.ends, blocks, rows)) for blocks in model.stacks)
 
 
 def extend(
-    model: nn.Decoder, tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array, cache: Cache
+    model: Parts, tokens_BT: jax.Array, start_B: jax.Array, count_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """(the stream [B, T, D] after the last layer, the cache with these tokens).
 
@@ -63,28 +96,59 @@ def extend(
     """
     T, place = tokens_BT.shape[1], nn.how().layout.gathered("BT")
     start_B1, count_B1 = (jax.reshard(x[:, None], P(place[0], None)) for x in (start_B, count_B))
-    at = functools.partial(_Remembering, start_B1 + jnp.arange(T)[None], count_B1)
-    with memory.remembering(at((), 0)):
-        x_BTD = model.embed(tokens_BT)
-    cache = dict(cache)
-    for name, blocks, turns in _stacks(model):
-
-        def turn(carry, of_turn):
-            (x_BTD, kept), (block, number) = carry, of_turn
-            with memory.remembering(remembered := at(kept, number)):
-                x_BTD, _ = nn.turn(model.layer, block, x_BTD, None)
-            return (x_BTD, tuple(remembered.kept)), None
-
-        over = blocks, jnp.arange(turns)
-        (x_BTD, cache[name]), _ = jax.lax.scan(turn, (x_BTD, cache[name]), over, unroll=min(nn.how().unroll, turns))
-    return x_BTD, cache
+    where = start_B1 + jnp.arange(T)[None], count_B1
+    with memory.remembering(_Remembering(*where, (), 0)):
+        x_BTD = model.ends.embed(tokens_BT)
+    kept = []
+    for blocks, before in zip(model.stacks, cache, strict=True):
+        run = _in_stages if _stages(blocks) else _pass
+        x_BTD, after = run(model.ends.layer, blocks, before, x_BTD, *where)
+        kept.append(after)
+    return x_BTD, tuple(kept)
 
 
-def _stacks(model) -> Iterator[tuple[str, nnx.Module, int]]:
-    """(name, stacked blocks, how many turns) for every stack that the model has."""
-    for name in STACKS:
-        if (blocks := getattr(model, name, None)) is not None:
-            yield name, blocks, len(jax.tree.leaves(blocks)[0])
+def _pass(layer, blocks, kept, x_BTD, positions_BT, count_B1):
+    """(the stream after a stack of layers, what is kept)."""
+
+    def turn(carry, of_turn):
+        (x_BTD, kept), (block, number) = carry, of_turn
+        with memory.remembering(remembered := _Remembering(positions_BT, count_B1, kept, number)):
+            x_BTD, _ = nn.turn(layer, block, x_BTD, None)
+        return (x_BTD, tuple(remembered.kept)), None
+
+    if (turns := _turns(blocks)) == 1:
+        return turn((x_BTD, kept), (jax.tree.map(lambda x: x[0], blocks), 0))[0]
+    return jax.lax.scan(turn, (x_BTD, kept), (blocks, jnp.arange(turns)), unroll=min(nn.how().unroll, turns))[0]
+
+
+def _stages(blocks) -> bool:
+    """Whether the layers are cut over stages."""
+    return pipeline.STAGE in axes_of(jax.typeof(jax.tree.leaves(blocks)[0]).sharding.spec[0])
+
+
+def _in_stages(layer, blocks, kept, x_BTD, positions_BT, count_B1):
+    """The same where the layers are cut over stages, each of which keeps its own: all compute, and in each tick the one
+    whose turn it is has what the one before it made.
+    """
+
+    def on_stage(blocks, kept, x_BTD, positions_BT, count_B1):
+        stage = jax.lax.axis_index(pipeline.STAGE)
+
+        def tick(carry, now):
+            x_BTD, kept = carry
+            mine_B1 = jnp.where(stage == now, count_B1, 0)  # the others keep nothing of it
+            here = varying(x_BTD), varying(positions_BT), mine_B1
+            y_BTD, kept = nn.inside((pipeline.STAGE,), _pass, layer, blocks, kept, *here)
+            return (jax.lax.psum(jnp.where(stage == now, y_BTD, 0), pipeline.STAGE), kept), None
+
+        return jax.lax.scan(tick, (x_BTD, kept), jnp.arange(jax.lax.axis_size(pipeline.STAGE)))[0]
+
+    varying = functools.partial(jax.lax.pcast, axis_name=pipeline.STAGE, to="varying")
+    cut = P(pipeline.STAGE)
+    call = jax.shard_map(
+        on_stage, in_specs=(cut, cut, P(), P(), P()), out_specs=(P(), cut), axis_names={pipeline.STAGE}
+    )
+    return call(blocks, kept, x_BTD, positions_BT, count_B1)
 
 
 class _Asked(NamedTuple):
@@ -112,22 +176,21 @@ def _ask(model, blocks, rows: int) -> list[_Asked]:
     noted = []
 
     def turn(model, blocks):
-        place = nn.how().layout.gathered("BT")
-        tokens_BT = jnp.zeros((rows, 1), jnp.int32, out_sharding=place)
-        asking = _Asking(tokens_BT)
-        with memory.remembering(asking):
-            nn.turn(model.layer, jax.tree.map(lambda x: x[0], blocks), model.embed(tokens_BT), None)
+        tokens_BT = jnp.zeros((rows, 1), jnp.int32, out_sharding=nn.how().layout.gathered("BT"))
+        with memory.remembering(asking := _Asking(tokens_BT)):
+            block = jax.tree.map(lambda x: jax.reshard(x, P(None, *jax.typeof(x).sharding.spec[1:]))[0], blocks)
+            nn.turn(model.layer, block, model.embed(tokens_BT), None)
         noted.extend(asking.asked)
 
     jax.eval_shape(turn, model, blocks)
     return noted
 
 
-def _zeros(turns: int, like: Any, longest: int) -> jax.Array:
+def _zeros(blocks, like: Any, longest: int) -> jax.Array:
     """Room for keys or values: what products round them to is all that is kept of them."""
     (B, _, G, K), (rows, _, heads, _) = like.shape, like.sharding.spec
-    place = P(None, rows, heads, None, None)
-    return jnp.zeros((turns, B, G, longest, K), nn.how().operands, out_sharding=place)
+    place = P(pipeline.STAGE if _stages(blocks) else None, rows, heads, None, None)
+    return jnp.zeros((_turns(blocks), B, G, longest, K), nn.how().operands, out_sharding=place)
 
 
 class _Remembering:
@@ -180,8 +243,8 @@ def _written(turn, position_BT, count_B1, kept_LBGSK, new_BTGK):
     (B, T), S = position_BT.shape, kept_LBGSK.shape[3]
     new_BTGK = new_BTGK.astype(kept_LBGSK.dtype)
     if T == 1:
-        rows_B, slot_B = jnp.arange(B), position_BT[:, 0] % S
-        return kept_LBGSK.at[turn, rows_B, :, slot_B].set(new_BTGK[:, 0])
+        slot_B = jnp.where(count_B1[:, 0] > 0, position_BT[:, 0] % S, S)
+        return kept_LBGSK.at[turn, jnp.arange(B), :, slot_B].set(new_BTGK[:, 0], mode="drop")
     which_BS = (jnp.arange(S)[None] - position_BT[:, :1]) % S  # of the new ones, if so many there are
     own_BSGK = jnp.take_along_axis(new_BTGK, jnp.minimum(which_BS, T - 1)[..., None, None], 1)
     own_BGSK = jnp.moveaxis(own_BSGK, 1, 2)
