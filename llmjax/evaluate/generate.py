@@ -138,13 +138,13 @@ class Texts:
     spare ones are like the first.
     """
 
-    def __init__(self, model: Parts, rows: int, length: int, width: int = WIDE):
+    def __init__(self, model: nn.Decoder | Parts, rows: int, length: int, width: int = WIDE):
         shape = jax.sharding.get_abstract_mesh().shape
         ways = math.prod(shape[axis] for axis in axes_of(nn.how().layout.inner.get("B")))
         self.asked, self.width = rows, width
         self.rows = -(-rows // ways) * ways
         with _whole():
-            self.model = model if isinstance(model, Parts) else cache.parts(model)
+            self.model = model if isinstance(model, Parts) else cache.parts(model)  # as `ready`
             self.state = _begin(self.model, self.rows, length, width)
 
     def read(self, texts: Sequence[Sequence[int]], start: int = 0) -> None:
@@ -183,6 +183,12 @@ def _whole():
     return nn.compute(dataclasses.replace(nn.how(), layout=layout, attention="reference", remat="none", offload=False))
 
 
+def ready(model: nn.Decoder) -> Parts:
+    """The model as texts are written with it, for many of them. Call it in the context of the model's program."""
+    with _whole():
+        return cache.parts(model)
+
+
 def room(needed: int, positions: int) -> int:
     """Positions of a cache for texts of so many: a quarter more at most, and one of few sizes."""
     step = max(LEAST, 1 << (needed - 1).bit_length() - 3)
@@ -190,7 +196,7 @@ def room(needed: int, positions: int) -> int:
 
 
 def complete(
-    model: nn.Decoder,
+    model: nn.Decoder | Parts,
     prompts: Sequence[Sequence[int]],
     how: Sampling,
     *,
@@ -201,6 +207,7 @@ def complete(
 ) -> list[list[int]]:
     """New tokens for every prompt, cut before `end`, a token or several. Call it in the context of the model's program.
 
+    Where it is called many times, give it what `ready` makes of the model.
     With strings to `stop` at, which `decode` finds in the tokens' text, they go on through the token that completes
     one; `before` cuts the text.
 
@@ -210,10 +217,7 @@ def complete(
     check(how)
     if not prompts:
         return []
-    longest = max(map(len, prompts))
-    fits(longest, how, positions)
-    if not all(prompts):
-        raise Refused("a prompt is empty and the tokenizer has no token to begin with: give --prompt some text.")
+    longest = fits(prompts, how, positions)
     ends, width = several(end), NARROW if longest <= 2 * NARROW else WIDE
     texts = Texts(model, len(prompts), room(longest + how.tokens, positions), width)
     texts.read(prompts)
@@ -228,11 +232,11 @@ def complete(
     return new
 
 
-def stream(texts: Texts, how: Sampling, ends: Sequence[int]) -> Iterator[int]:
-    """New tokens of a single text as they come, without one that ends it: up to `how.tokens`."""
-    ahead = texts.write(how, 1, ends)
-    for i in range(how.tokens):
-        now, ahead = ahead, texts.write(how, 1, ends) if i + 1 < how.tokens else None  # while the host looks at one
+def stream(texts: Texts, how: Sampling, ends: Sequence[int], most: int) -> Iterator[int]:
+    """New tokens of a single text as they come, without one that ends it: up to `how.tokens`, and `most`."""
+    ahead, count = texts.write(how, 1, ends), min(how.tokens, most)
+    for i in range(count):
+        now, ahead = ahead, texts.write(how, 1, ends) if i + 1 < count else None  # while the host looks at one
         if (token := int(np.asarray(now)[0, 0])) in ends:
             return
         yield token
@@ -249,13 +253,17 @@ def _ended(tokens: list[int], known: int, ends, stop, decode) -> tuple[list[int]
     return tokens, at is not None
 
 
-def fits(longest: int, how: Sampling, positions: int) -> None:
-    """Refuses a prompt that leaves no room for the tokens that are asked for."""
+def fits(prompts: Sequence[Sequence[int]], how: Sampling, positions: int) -> int:
+    """The longest prompt's length; refuses empty prompts and ones that leave no room for the tokens asked for."""
+    longest = max(map(len, prompts))
     if longest + how.tokens > positions:
         raise Refused(
             f"the prompt has {longest} tokens and {how.tokens} more are asked for, but the model has {positions} "
             f"positions: shorten the prompt or lower --tokens."
         )
+    if not all(prompts):
+        raise Refused("a prompt is empty and the tokenizer has no token to begin with: give --prompt some text.")
+    return longest
 
 
 def several(end: Ends) -> tuple[int, ...]:
