@@ -21,8 +21,8 @@ def pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterato
             yield text[shown:whole]
             shown = whole
         if not torn and text:
-            window = [token]
-            shown = len(decode(window))
+            window, text = [token], decode([token])
+            shown = len(text)
     if text[shown:]:
         yield text[shown:]
 
