@@ -29,6 +29,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax import FOLDER [--name NAME]              make a run of a Hugging Face checkpoint
   llmjax export RUN FOLDER [--dtype bfloat16]     write a run's weights as a Hugging Face checkpoint
   llmjax generate RUN [--prompt TEXT ...]         complete text with a trained run
+  llmjax chat RUN [--system TEXT]                 talk with a trained run, by its tokenizer's chat template
   llmjax evaluate RUN [--data PATH] [--tasks …]   loss on held-out text, or scores in tasks of lm-eval
   llmjax checkpoints RUN [--verify]               list a run's checkpoints; read them back
   llmjax goodput RUN                              where a run's wall time went
@@ -53,14 +54,15 @@ EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines
 Commands with options show them with --help.
 """
 
-COMMANDS = ("train", "import", "export", "generate", "evaluate", "checkpoints", "goodput", "report", "watch",
-            "replay", "launch", "supervise", "parity", "plan", "data", "bench", "show", "draw", "diff",
-            "profile", "experiments", "meshes")  # fmt: skip
+COMMANDS = ("train", "import", "export", "generate", "chat", "evaluate", "checkpoints", "goodput", "report", "watch",
+            "replay", "launch", "supervise", "parity", "plan", "data", "bench", "show", "draw", "diff", "profile",
+            "experiments", "meshes")  # fmt: skip
 # Commands with options of their own alone: module of llmjax.commands, options, what runs them. Imported when asked for.
 OWN = {
     "import": ("imports", "Import", "bring"),
     "export": ("exports", "Export", "export"),
     "generate": ("generate", "Generate", "generate"),
+    "chat": ("chat", "Chat", "chat"),
     "evaluate": ("evaluate", "Options", "evaluate"),
     "checkpoints": ("checkpoints", "Options", "checkpoints"),
     "goodput": ("goodput", "Options", "goodput"),

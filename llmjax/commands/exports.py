@@ -18,7 +18,8 @@ import tyro
 from llmjax.checkpoint.checkpoints import Checkpoints, like, named
 from llmjax.checkpoint.manifest import sync
 from llmjax.commands.generate import choose_step
-from llmjax.commands.imports import KEPT, laid_out
+from llmjax.commands.imports import laid_out
+from llmjax.commands.origin import origin_of
 from llmjax.data.tokenizer import end_of_text, load
 from llmjax.errors import DONE, IO, Refused
 from llmjax.interop import configs, safetensors, weights
@@ -104,18 +105,6 @@ def room(asked: Export) -> Path:
     except OSError as error:
         raise Refused(f"{asked.out} cannot be made ({error.strerror}): choose another folder.", IO) from error
     return scratch
-
-
-def origin_of(run: Run, home: Path, most: int = 8) -> Path | None:
-    """The folder with the small files of the checkpoint that the run came from, through the runs in between."""
-    if (home / KEPT / interop.CONFIG).is_file():
-        return home / KEPT
-    source = Path(run.weights)
-    if not run.weights or not most or not source.is_dir():
-        return None
-    if (source / "run.json").is_file():
-        return origin_of(read(source / "run.json"), source, most - 1)
-    return source if (source / interop.CONFIG).is_file() else None
 
 
 def config_of(run: Run, family: Family, origin: Path | None, dtype: str) -> Json:

@@ -12,6 +12,7 @@ import tyro
 from llmjax import mesh as meshes
 from llmjax import names, processes
 from llmjax.checkpoint.checkpoints import Checkpoints, like
+from llmjax.commands.origin import KEPT
 from llmjax.commands.train import acceptable, claim
 from llmjax.data.dataset import Text
 from llmjax.data.tokenizer import TokenizerFile, load, vocabulary
@@ -30,8 +31,6 @@ from llmjax.train.program import Program, make, resolve
 from llmjax.train.resume import WEIGHTS
 from llmjax.train.routed import RoutedNextToken
 from llmjax.train.step import State
-
-KEPT = "imported"  # the folder of a run directory with the checkpoint's small files, as they were
 
 
 @dataclasses.dataclass(frozen=True)

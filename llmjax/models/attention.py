@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmjax.errors import Refused
-from llmjax.models import blocked, cudnn, nn, reference, ring, splash
+from llmjax.models import blocked, cudnn, memory, nn, reference, ring, splash
 from llmjax.models.scores import Scores
 
 
@@ -88,17 +88,20 @@ class Yarn:
 Scaling = RopeScaling | LinearScaling | Yarn
 
 
-def rope_angles(positions_T: jax.Array, head_dim: int, theta: float, scaling: Scaling | None = None) -> jax.Array:
-    """Rotation angles [T, K/2] in float32 (arXiv:2104.09864)."""
+def rope_angles(positions_BT: jax.Array, head_dim: int, theta: float, scaling: Scaling | None = None) -> jax.Array:
+    """Rotation angles [B, T, K/2] in float32 (arXiv:2104.09864)."""
     frequency_K = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is not None:
         frequency_K = scaling(frequency_K, theta)
-    return positions_T.astype(jnp.float32)[:, None] * frequency_K[None, :]
+    return positions_BT.astype(jnp.float32)[..., None] * frequency_K[None, None]
 
 
-def rotate(x_BTHK: jax.Array, angles: jax.Array, stretch: float = 1.0) -> jax.Array:
-    """Rotates the pairs (k, k + K/2) of every head by the angle of their position, and stretches them."""
-    cos, sin = (stretch * turned(angles)[None, :, None, :] for turned in (jnp.cos, jnp.sin))
+def rotate(x_BTHK: jax.Array, angles_BTK: jax.Array, stretch: float = 1.0) -> jax.Array:
+    """Rotates the pairs (k, k + K/2) of every head by the angle of their position, and stretches them.
+
+    A B of 1 is for all rows.
+    """
+    cos, sin = (stretch * turned(angles_BTK)[:, :, None] for turned in (jnp.cos, jnp.sin))
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)
 
@@ -106,7 +109,7 @@ def rotate(x_BTHK: jax.Array, angles: jax.Array, stretch: float = 1.0) -> jax.Ar
 def attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
-    v_BTGK: jax.Array,
+    v_BTGK: jax.Array | None,
     segments_BT: jax.Array | None = None,
     window: int = 0,
     *,
@@ -117,13 +120,18 @@ def attention(
 
     With a `window`, over the last so many of them; with `segments_BT`, over those in one's own segment. With a `cap`,
     scores are cap · tanh(score / cap); `sinks_H` take a part of every softmax (`llmjax.models.scores`). The K of values
-    may be another. Positions come in the order that `nn.order` says. Scores and softmax are float32. Nothing of size T²
-    is kept for the backward pass (arXiv:2205.14135). The letter R counts the query heads that share a key head.
-    `nn.Compute.attention` says how.
+    may be another; where there are none, keys are passed on. Positions come in the order that `nn.order` says. Scores
+    and softmax are float32. Nothing of size T² is kept for the backward pass (arXiv:2205.14135). The letter R counts
+    the query heads that share a key head. `nn.Compute.attention` says how; where there is a memory
+    (`llmjax.models.memory`), that answers.
 
     Raises:
       Refused: the kernel in force has no such scores.
     """
+    if (kept := memory.of()) is not None:
+        sinks_H = None if sinks_H is None else nn.vector(sinks_H, "H")
+        return kept.attend(Scores(window, cap), q_BTHK, k_BTGK, v_BTGK, sinks_H)
+    v_BTGK = k_BTGK if v_BTGK is None else v_BTGK
     place, (B, T, H, K), G = nn.how().layout.gathered, q_BTHK.shape, k_BTGK.shape[2]
     window = window if window < T else 0
     q_BTGRK = jnp.reshape(q_BTHK, (B, T, G, H // G, K), out_sharding=place("BTGRK"))

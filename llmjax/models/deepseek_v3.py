@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.errors import Refused
-from llmjax.models import nn, routers, shapes
+from llmjax.models import memory, nn, routers, shapes
 from llmjax.models.attention import attention, rope_angles, rotate
 from llmjax.models.llama import LlamaBlock, LlamaModel, Sums
 from llmjax.models.mixtral import Mixtral, MixtralBlock
@@ -129,11 +129,11 @@ class LatentBlock(LlamaBlock):
 
     @jax.named_scope("attention")
     def attention(self, x_BTD, segments_BT):
-        q_BTHK, k_BTHK, v_BTHY = self.queries_keys_values(x_BTD)
-        return nn.project("BTHY,HYD->BTD", attention(q_BTHK, k_BTHK, v_BTHY, segments_BT), self.out_HYD)
+        found = self.found_in_latents if memory.of() else self.found
+        return nn.project("BTHY,HYD->BTD", found(*self.queries_latents(x_BTD), segments_BT), self.out_HYD)
 
-    def queries_keys_values(self, x_BTD):
-        """(queries, keys, values), at their positions."""
+    def queries_latents(self, x_BTD):
+        """(queries, their rotary part, latents, keys' rotary part), the rotary parts at their positions."""
         c, plain = self.c, self.c.head_dim - self.c.rotary
         if c.query_latent:
             subscripts, weights = ("BTD,DQ->BTQ", "BTD,DZ->BTZ"), (self.query_down_DQ, self.latent_DZ)
@@ -145,21 +145,34 @@ class LatentBlock(LlamaBlock):
             q_BTHK, z_BTZ = nn.project_all(subscripts, x_BTD, self.query_DHK, self.latent_DZ)
         kv_BTM, far_BTK = jnp.split(z_BTZ, [c.latent], -1)
         kv_BTM = nn.rms_norm(kv_BTM, self.latent_scale_M, LATENT_EPSILON, "M")
-        near_BTHK, v_BTHY = jnp.split(nn.project("BTM,MHN->BTHN", kv_BTM, self.key_value_MHN), [plain], -1)
-        far_BTHK = self.at_positions(far_BTK[:, :, None])
-        place = nn.how().layout.gathered("BTHK")
-        far_BTHK = jnp.broadcast_to(far_BTHK, (*near_BTHK.shape[:3], c.rotary), out_sharding=place)
         own_BTHK, turned_BTHK = jnp.split(q_BTHK * self.sharpness(), [plain], -1)
-        q_BTHK = jnp.concatenate([own_BTHK, self.at_positions(turned_BTHK)], -1)
-        return q_BTHK, jnp.concatenate([near_BTHK, far_BTHK], -1), v_BTHY
+        return own_BTHK, self.at_positions(turned_BTHK), kv_BTM, self.at_positions(far_BTK[:, :, None])
+
+    def found(self, own_BTHK, turned_BTHK, kv_BTM, far_BTGK, segments_BT):
+        """What queries find among keys and values, [B, T, H, Y]."""
+        near_BTHN = nn.project("BTM,MHN->BTHN", kv_BTM, self.key_value_MHN)
+        near_BTHK, v_BTHY = jnp.split(near_BTHN, [own_BTHK.shape[-1]], -1)
+        far_BTHK = jnp.broadcast_to(far_BTGK, turned_BTHK.shape, out_sharding=nn.how().layout.gathered("BTHK"))
+        q_BTHK = jnp.concatenate([own_BTHK, turned_BTHK], -1)
+        return attention(q_BTHK, jnp.concatenate([near_BTHK, far_BTHK], -1), v_BTHY, segments_BT)
+
+    def found_in_latents(self, own_BTHK, turned_BTHK, kv_BTM, far_BTGK, segments_BT):
+        """The same, as q·Wc = Wᵀq·c, so that a memory holds latents and not what all heads make of them."""
+        plain, latent = own_BTHK.shape[-1], kv_BTM.shape[-1]
+        into_BTHM = nn.project("BTHN,MHN->BTHM", own_BTHK, self.key_value_MHN[..., :plain])
+        z_BTGZ = jnp.concatenate([kv_BTM[:, :, None], far_BTGK], -1)
+        wider = (z_BTGZ.shape[-1] / self.c.head_dim) ** 0.5  # attention divides by the root of this width
+        q_BTHZ = jnp.concatenate([into_BTHM, turned_BTHK], -1) * wider
+        o_BTHM = attention(q_BTHZ, z_BTGZ, None, segments_BT)[..., :latent]
+        return nn.project("BTHM,MHN->BTHN", o_BTHM, self.key_value_MHN[..., plain:])
 
     def at_positions(self, x_BTHK: jax.Array) -> jax.Array:
         """The rotary part of queries or keys, turned."""
         c = self.c
         if c.neighbours:
             x_BTHK = jnp.concatenate([x_BTHK[..., 0::2], x_BTHK[..., 1::2]], -1)
-        angles_TK = rope_angles(nn.positions(x_BTHK.shape[1]), c.rotary, c.theta, c.scaling)
-        return rotate(x_BTHK, angles_TK, getattr(c.scaling, "stretch", 1.0))
+        angles_BTK = rope_angles(nn.positions(x_BTHK.shape[1]), c.rotary, c.theta, c.scaling)
+        return rotate(x_BTHK, angles_BTK, getattr(c.scaling, "stretch", 1.0))
 
     def sharpness(self) -> float:
         """What scores are multiplied by."""

@@ -39,5 +39,5 @@ class Gemma3Block(Gemma2Block):
     def turned(self, q_BTHK, k_BTGK):
         c, local = self.c, bool(self.window)
         theta, scaling = (c.local_theta, None) if local else (c.theta, c.scaling)
-        angles_TK = rope_angles(nn.positions(q_BTHK.shape[1]), c.head_dim, theta, scaling)
-        return rotate(q_BTHK, angles_TK), rotate(k_BTGK, angles_TK)
+        angles_BTK = rope_angles(nn.positions(q_BTHK.shape[1]), c.head_dim, theta, scaling)
+        return rotate(q_BTHK, angles_BTK), rotate(k_BTGK, angles_BTK)

@@ -103,9 +103,11 @@ class GPT2Model(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         position_PD = nn.use(self.position_PD, "PD").astype(nn.how().activations)
-        position_TD = position_PD.at[nn.positions(tokens_BT.shape[1])].get(out_sharding=nn.how().layout.gathered("TD"))
+        positions_BT = nn.positions(tokens_BT.shape[1])
+        rows, place = jax.typeof(positions_BT).sharding.spec[0], nn.how().layout.gathered("_TD")
+        position_BTD = position_PD.at[positions_BT].get(out_sharding=jax.P(rows, *place[1:]))
         x_BTD = nn.embed(tokens_BT, self.embed_VD)
-        return x_BTD + jax.reshard(position_TD[None], jax.P(None, *jax.typeof(x_BTD).sharding.spec[1:]))
+        return x_BTD + jax.reshard(position_BTD, jax.P(rows, *jax.typeof(x_BTD).sharding.spec[1:]))
 
     def layer(self, block: GPT2Block, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, None]:
         return block(x_BTD, segments_BT), None

@@ -121,9 +121,9 @@ class LlamaBlock(nnx.Module):
     def turned(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries and keys at their positions."""
         c = self.c
-        angles_TK = rope_angles(nn.positions(q_BTHK.shape[1]), c.head_dim, c.theta, c.scaling)
+        angles_BTK = rope_angles(nn.positions(q_BTHK.shape[1]), c.head_dim, c.theta, c.scaling)
         stretch = getattr(c.scaling, "stretch", 1.0)
-        return rotate(q_BTHK, angles_TK, stretch), rotate(k_BTGK, angles_TK, stretch)
+        return rotate(q_BTHK, angles_BTK, stretch), rotate(k_BTGK, angles_BTK, stretch)
 
     def attend(self, q_BTHK, k_BTGK, v_BTGK, segments_BT) -> jax.Array:
         """What every query finds, [B, T, H, K]."""

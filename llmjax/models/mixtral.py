@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 
 from llmjax.errors import Refused
-from llmjax.models import moe, nn, routers, shapes
+from llmjax.models import memory, moe, nn, routers, shapes
 from llmjax.models.llama import Llama, LlamaBlock, LlamaModel, Sums, swiglu
 from llmjax.models.shapes import Matrix
 
@@ -79,8 +79,9 @@ class MixtralBlock(LlamaBlock):
         c, T = self.c, x_BTD.shape[1]
         logits_BTE = self.router_logits(x_BTD)
         choice = self.choice(logits_BTE)
-        slots = routers.slots(c.capacity, T, c.top_k, c.experts) if c.capacity else T
-        keep_BTJ = routers.within(choice.chosen_BTJ, c.experts, slots) if c.capacity else None
+        capacity = 0 if memory.of() else c.capacity  # of all tokens of a sequence, which are not here
+        slots = routers.slots(capacity, T, c.top_k, c.experts) if capacity else T
+        keep_BTJ = routers.within(choice.chosen_BTJ, c.experts, slots) if capacity else None
         y_BTD = self.experts(x_BTD, choice, keep_BTJ, slots)
         if c.shared:
             y_BTD += swiglu(x_BTD, self.shared_gate_DF, self.shared_up_DF, self.shared_down_FD)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmjax import layout as layouts
 from llmjax.layout import Layout, Pipeline
-from llmjax.models import pipeline, quantized
+from llmjax.models import memory, pipeline, quantized
 
 Sizes = Mapping[str, int]
 # What a layer's arrays are called where a policy decides what to keep: what goes into it, what attention gives, and
@@ -338,8 +338,10 @@ def order(length: int) -> np.ndarray:
 
 
 def positions(length: int) -> jax.Array:
-    """`order` as an array beside the activations, [T]."""
-    return jax.reshard(jnp.asarray(order(length), jnp.int32), how().layout.gathered("T"))
+    """`order` as an array beside the activations, [1, T]; those of every row, [B, T], where a memory says them."""
+    if (kept := memory.of()) is not None:
+        return kept.positions_BT
+    return jax.reshard(jnp.asarray(order(length), jnp.int32)[None], how().layout.gathered("_T"))
 
 
 def in_order(x_BT: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -71,6 +71,18 @@ class Display:
         for line in shown.split("\n"):
             self.console.print(Text("  ").append_text(line) if line else "")
         self.say()
+
+    def sample_as_made(self, prompt: str, pieces: Iterable[str]) -> None:
+        """The same, with text that appears as it comes."""
+        self.flow(f"  {prompt}", style="bold")
+        for piece in pieces:
+            self.flow(piece, style="cyan")
+        self.say("\n")
+
+    def flow(self, piece: str, style: str = "") -> None:
+        """Text that goes on where the last left off, its lines set in."""
+        self.console.print(Text(piece.replace("\n", "\n  "), style=style), end="")
+        self.console.file.flush()
 
     @contextlib.contextmanager
     def progress(self, start: int, steps: int) -> Iterator[None]:

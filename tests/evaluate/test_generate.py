@@ -11,7 +11,9 @@ import pytest
 from llmjax import layout as layouts
 from llmjax import mesh as meshes
 from llmjax.errors import Refused
-from llmjax.evaluate.generate import Sampling, choose, complete
+from llmjax.evaluate import generate
+from llmjax.evaluate.generate import Sampling, choose, complete, ready
+from llmjax.evaluate.streaming import before
 from llmjax.models import nn
 from llmjax.models.llama import Llama
 
@@ -22,7 +24,7 @@ PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 @functools.cache
 def completed(
-    how: Sampling, devices: int = 1, layout: str = "dp", end: int | None = None, attention: str = "reference"
+    how: Sampling, devices: int = 1, layout: str = "dp", end: generate.Ends = None, attention: str = "reference"
 ) -> list[list[int]]:
     layout = layouts.preset(layout)
     axes = meshes.fill(meshes.Axes(), devices, used=layout.axes(), rest=layout.rest(), tensor=2)
@@ -97,3 +99,29 @@ def test_top_k_and_top_p_leave_out_the_unlikely():
 def test_sampling_that_cannot_be_is_refused_with_the_remedy(how, message):
     with pytest.raises(Refused, match=message):
         complete(None, PROMPTS, how, positions=48)
+
+
+def test_completions_end_at_any_of_several_tokens_and_through_a_string():
+    whole = completed(Sampling(tokens=6))
+    ends = whole[0][3], whole[1][2]
+    found = completed(Sampling(tokens=6), end=ends)
+    assert found == [t[: next((i for i, x in enumerate(t) if x in ends), 6)] for t in whole]
+    decode = lambda tokens: " ".join(map(str, tokens)) + " "  # noqa: E731
+    with jax.set_mesh(meshes.device_mesh(meshes.Axes(1, 1, 1, 1, 1, 1), jax.devices()[:1])), nn.compute(nn.Compute()):
+        model = ready(jax.jit(TINY.init)(jax.random.key(0)))
+        stop = (f"{whole[0][1]} {whole[0][2]} ",)
+        found = complete(model, PROMPTS, Sampling(tokens=6), positions=48, stop=stop, decode=decode)
+    at = [before(decode(t), stop) for t in whole]
+    assert at[0] is not None and before(decode(found[0]), stop) == at[0] and decode(found[0]).endswith(stop[0])
+    assert all(new == old for new, old, cut in zip(found, whole, at, strict=True) if cut is None)
+
+
+def test_lengths_and_counts_are_data_and_compile_nothing_anew():
+    with jax.set_mesh(meshes.device_mesh(meshes.Axes(1, 1, 1, 1, 1, 1), jax.devices()[:1])), nn.compute(nn.Compute()):
+        model = ready(jax.jit(TINY.init)(jax.random.key(0)))
+        for tokens, prompt in ((5, [1]), (40, [1, 2, 3]), (1, [4] * 40), (33, [9] * 13)):
+            how = Sampling(tokens=tokens, seed=tokens)
+            assert len(complete(model, [prompt], how, positions=48)[0]) == tokens
+            sizes = [call._cache_size() for call in (generate._begin, generate._read, generate._write)]
+            first = sizes if tokens == 5 else first  # noqa: F821
+            assert sizes == first

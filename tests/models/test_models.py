@@ -106,14 +106,14 @@ def test_no_position_sees_a_later_one(c):
 
 def test_rotation_keeps_lengths_and_makes_products_depend_on_distance_alone():
     q_BTHK, k_BTHK = (jax.random.normal(jax.random.key(i), (1, 1, 1, 16)) for i in range(2))
-    at = lambda x, position: rotate(x, rope_angles(jnp.array([position]), 16, 1e4))  # noqa: E731
+    at = lambda x, position: rotate(x, rope_angles(jnp.array([[position]]), 16, 1e4))  # noqa: E731
     np.testing.assert_allclose(jnp.linalg.norm(at(q_BTHK, 7)), jnp.linalg.norm(q_BTHK), rtol=1e-6)
     near, far = (jnp.sum(at(q_BTHK, 5 + shift) * at(k_BTHK, 2 + shift)) for shift in (0, 40))
     np.testing.assert_allclose(near, far, rtol=1e-4)
 
 
 def test_llama_31_scaling_keeps_short_waves_and_stretches_long_ones():
-    plain, scaled = (rope_angles(jnp.array([1]), 128, 5e5, s)[0] for s in (None, RopeScaling()))
+    plain, scaled = (rope_angles(jnp.array([[1]]), 128, 5e5, s)[0, 0] for s in (None, RopeScaling()))
     wavelength = 2 * np.pi / plain
     np.testing.assert_array_equal(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
     np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
