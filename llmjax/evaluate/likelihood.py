@@ -16,7 +16,7 @@ from flax import nnx
 
 from llmjax.data.tokenizer import end_of_text
 from llmjax.errors import DATA, Refused
-from llmjax.evaluate.generate import Sampling, complete
+from llmjax.evaluate.generate import Sampling, complete, ready
 from llmjax.layout import axes_of
 from llmjax.models import nn
 from llmjax.train import rows
@@ -111,20 +111,23 @@ class Judge:
         room = self.positions - how.tokens
         prompts = [(self.tokenizer.encode(text).ids or [self.prefix()])[-room:] for text in texts]
         end, written = end_of_text(self.tokenizer), [""] * len(texts)
+        model, words = ready(self.model), [word for word in stop if word]
         size = self.program.run.batch // self.program.accumulate
         for chosen in batches([len(prompt) for prompt in prompts], size):
             self.go_on()
             some = [prompts[n] for n in chosen]
             some += some[:1] * (size - len(some))  # as many rows each time: one program
-            new = complete(self.model, some, how, positions=self.positions, end=end)
+            new = complete(
+                model, some, how, positions=self.positions, end=end, stop=words, decode=self.tokenizer.decode
+            )
             for n, tokens in zip(chosen, new[: len(chosen)], strict=True):
-                written[n] = cut(self.tokenizer.decode(tokens), stop)
+                written[n] = cut(self.tokenizer.decode(tokens), words)
         return written
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
     """The text before the first of these words."""
-    return text[: min((at for word in stop if word and (at := text.find(word)) >= 0), default=len(text))]
+    return text[: min((at for word in stop if (at := text.find(word)) >= 0), default=len(text))]
 
 
 def windows(tokens: Sequence[int], positions: int) -> list[Pair]:
