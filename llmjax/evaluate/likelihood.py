@@ -127,7 +127,7 @@ class Judge:
 
 def cut(text: str, stop: Sequence[str]) -> str:
     """The text before the first of these words."""
-    return text[: min((at for word in stop if (at := text.find(word)) >= 0), default=len(text))]
+    return text[: min((at for word in stop if word and (at := text.find(word)) >= 0), default=len(text))]
 
 
 def windows(tokens: Sequence[int], positions: int) -> list[Pair]:
