@@ -20,6 +20,7 @@ from llmjax.checkpoint.manifest import sync
 from llmjax.commands.generate import choose_step
 from llmjax.commands.imports import laid_out
 from llmjax.commands.origin import origin_of
+from llmjax.data import chat
 from llmjax.data.tokenizer import end_of_text, load
 from llmjax.errors import DONE, IO, Refused
 from llmjax.interop import configs, safetensors, weights
@@ -180,6 +181,8 @@ def texts(folder: Path, home: Path, origin: Path | None, config: Json) -> None:
         (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
         said = dict(bos_token_id=end, eos_token_id=end)
         (folder / "generation_config.json").write_text(json.dumps(said, indent=2) + "\n")
+    if (template := home / chat.ALONE).is_file() and not (folder / chat.ALONE).is_file():
+        shutil.copyfile(template, folder / chat.ALONE)
     (folder / interop.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -106,7 +106,7 @@ def run_of(asked: Import, found: interop.Checkpoint) -> Run:
 
 
 def begin_from(run: Run, source: str, runs: str) -> Run:
-    """The run with the model, the tokenizer and the weights of another run, or of a Hugging Face checkpoint.
+    """The run with the model, tokenizer, template and weights of another run, or of a Hugging Face checkpoint.
 
     Raises:
       Refused: there is neither, or the checkpoint is not honoured.
@@ -120,6 +120,8 @@ def begin_from(run: Run, source: str, runs: str) -> Run:
     data = run.data
     if hasattr(data, "tokenizer") and tokenizer.is_file():
         data = dataclasses.replace(data, tokenizer=TokenizerFile(str(tokenizer)))
+    if hasattr(data, "template") and not data.template:
+        data = dataclasses.replace(data, template=str(home / KEPT if (home / KEPT).is_dir() else home))
     return dataclasses.replace(
         run, model=model, data=data, weights=str(home), sequence=min(run.sequence, model.positions)
     )

@@ -23,7 +23,7 @@ from llmjax import names, reading, redact
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.checkpoint.retention import Retention
-from llmjax.data import mixture
+from llmjax.data import chat, mixture
 from llmjax.data.dataset import check_rows
 from llmjax.data.stored import check_epochs
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PREEMPTED, USAGE, Refused
@@ -91,6 +91,8 @@ def train(
             write_environment(folder, program, devices, state, dataset.fingerprint)
             if dataset.tokenizer is not None:
                 (folder / "tokenizer.json").write_text(dataset.tokenizer.to_str(pretty=True), encoding="utf-8")
+            if template := getattr(dataset, "template", None):
+                chat.write(folder, template)
         header(program, state, dataset, start, display)
         spent.mark("start")
         if notice:
@@ -379,7 +381,8 @@ def samples(program: Program, state: State, dataset, ledger: Ledger) -> None:
         return
     tokenizer, positions = dataset.tokenizer, min(run.sequence, run.model.positions)
     how = Sampling(tokens=min(64, positions // 2), temperature=0.7, top_p=0.9)
-    prompts = [tokenizer.encode(text).ids[-(positions - how.tokens) :] for text in run.prompts]
+    encode = getattr(dataset, "asked", lambda text: tokenizer.encode(text).ids)
+    prompts = [encode(text)[-(positions - how.tokens) :] for text in run.prompts]
     texts = [
         tokenizer.decode(tokens) for tokens in complete(state.model, prompts, how, positions=positions, end=dataset.end)
     ]
