@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,9 @@ from llmjax.interop.weights import Weight
 from llmjax.run import Run, read
 from llmjax.rundir import find
 from llmjax.train.display import Display, memory
+from llmjax.train.loop import BASE
+from llmjax.train.program import Program
+from llmjax.train.resume import read_weights
 
 DTYPES = dict(float32=np.dtype(np.float32), bfloat16=np.dtype(ml_dtypes.bfloat16))
 
@@ -71,12 +74,12 @@ def export(asked: Export) -> int:
     try:
         with program.context(), Checkpoints(home / "checkpoints") as checkpoints:
             step = choose_step(checkpoints, asked.step, home)
-            wanted = named(like(program.abstract_state().model, program.mesh))
+            wanted = named(like(program.abstract_model(), program.mesh))
             parts = family.weights(run.model)
             places = tensors(scratch, parts, wanted, DTYPES[kind], asked.shard)
+            value = values(program, checkpoints, step, wanted)
             for weight in parts:  # one at a time
-                name = f"model.{weight.ours}"
-                write(weight, checkpoints.restore(step, {name: wanted[weight.ours]})[name], places)
+                write(weight, value(weight.ours), places)
         texts(scratch, home, origin, config)
         interop.read(scratch)  # what we write, we can read
         synced(scratch)
@@ -93,6 +96,13 @@ def export(asked: Export) -> int:
     if getattr(run.model, "ahead", 0):
         Display().say("The layers that predict further tokens are left out, as transformers has no place for them.")
     return DONE
+
+
+def values(program: Program, checkpoints: Checkpoints, step: int, wanted: dict[str, Any]) -> Callable[[str], jax.Array]:
+    """What reads a parameter of a checkpoint by name; of one that holds adapters, from the merged model."""
+    if BASE in checkpoints.facts(step):
+        return named(read_weights(program, checkpoints, step)).__getitem__
+    return lambda name: checkpoints.restore(step, {f"model.{name}": wanted[name]})[f"model.{name}"]
 
 
 def room(asked: Export) -> Path:

@@ -340,7 +340,7 @@ def header(program: Program, state: State, dataset, start: int, display: Display
     """What is about to happen."""
     run, model = program.run, program.run.model
     operands = program.compute.rounding or program.compute.operands
-    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    parameters = sum(x.size for x in jax.tree.leaves(state.frozen if run.lora.rank else state.model))
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     tokens = run.steps * run.batch * run.sequence
     train = dataset.size("train")
@@ -357,14 +357,21 @@ def header(program: Program, state: State, dataset, start: int, display: Display
             "mesh": f"{run.mesh.name}: {axes}; layout {run.layout.name}",
             "compute": f"{operands} products, accumulation {program.accumulate}, remat {run.remat}, "
             f"attention {program.compute.attention}" + (f" ({program.lacking})" if program.lacking else ""),
+            **({"lora": lora(run, state)} if run.lora.rank else {}),
             **({"local": local(run, program.mesh.shape["data"])} if run.local.every else {}),
-            "memory": f"per device: parameters {memory(bytes_per_device(state.model, program.mesh))}, "
+            "memory": f"per device: parameters {memory(bytes_per_device((state.model, state.frozen), program.mesh))}, "
             f"optimizer {memory(bytes_per_device(state.opt, program.mesh))}",
             "folder": str(run.folder()),
         },
     )
     if jax.process_count() > 1:
         print(system.describe(program.batch_sharding(), run.batch), flush=True)
+
+
+def lora(run: Run, state: State) -> str:
+    """What is trained in place of the weights, in words."""
+    learnt, weights = sum(x.size for x in jax.tree.leaves(state.model)), len(state.model)
+    return f"rank {run.lora.rank}, alpha {run.lora.alpha:g}, beside {weights} weights: {count(learnt)} parameters"
 
 
 def local(run: Run, workers: int) -> str:
@@ -384,7 +391,8 @@ def samples(program: Program, state: State, dataset, ledger: Ledger) -> None:
     encode = getattr(dataset, "asked", lambda text: tokenizer.encode(text).ids)
     prompts = [encode(text)[-(positions - how.tokens) :] for text in run.prompts]
     texts = [
-        tokenizer.decode(tokens) for tokens in complete(state.model, prompts, how, positions=positions, end=dataset.end)
+        tokenizer.decode(tokens)
+        for tokens in complete(program.whole(state), prompts, how, positions=positions, end=dataset.end)
     ]
     for prompt, text in zip(run.prompts, texts, strict=True):
         ledger.display.sample(prompt, text)

@@ -22,7 +22,7 @@ from llmjax.data.batches import order, place, prefetch, ranked
 from llmjax.errors import IO, NON_FINITE, Refused
 from llmjax.optim import schedules
 from llmjax.run import FREE, Run, fingerprint, to_json
-from llmjax.train import blackbox, corruption, diloco
+from llmjax.train import blackbox, corruption, digest, diloco
 from llmjax.train.ledger import Ledger
 from llmjax.train.profile import Tracer
 from llmjax.train.program import Program
@@ -33,6 +33,7 @@ from llmjax.train.timed import Timed
 SHOWN = 12  # scores of tasks on the terminal
 # Of a model, and of whether to stop: scores of tasks under names that begin with TASK, None where it stopped.
 Tasks = Callable[[nnx.Module, Callable[[], bool]], dict[str, float] | None]
+BASE = "base"  # what the facts of a checkpoint call the frozen weights: where they came from, and their digest
 
 
 class Rewind(Exception):
@@ -111,7 +112,7 @@ def steps(
             if saves or evaluates(run, done) or asks(run, done) or clock.looks(done) or done == run.steps:
                 state = report.settle(state)
             if due(done, run.guard.replicas):  # before what is wrong could be saved
-                corruption.replicas(state.model, program.mesh)
+                corruption.replicas(state.model if state.frozen is None else (state.model, state.frozen), program.mesh)
             evaluated = {}
             if evaluates(run, done):
                 evaluated = evaluate(program, state, dataset, ledger, done, rows=run.eval_rows, stop=stop)
@@ -280,12 +281,13 @@ def evaluate(
     chosen = np.arange(size) if rows is None else np.unique(np.linspace(0, size - 1, rows).astype(int))
     chosen = np.append(chosen, np.full(-len(chosen) % batch, size))  # rows past the end have weight 0
     total, running = np.zeros(2), ()
+    model, reference = program.whole(state), program.reference(state)
     for wanted in chosen.reshape(-1, batch):
         arrays = place(dataset, "heldout", wanted, accumulate=program.accumulate, sharding=program.batch_sharding())
         # One at a time: the collectives of two programs side by side may meet in another order on another process,
         # and then both wait for ever.
         total += np.asarray(jax.device_get(running) or (0, 0), np.float64)
-        running = program.evaluate(state.model, arrays)
+        running = program.evaluate(model, arrays, *reference)
         ledger.heartbeat(step, "evaluate")
         if stop():
             jax.block_until_ready(running)
@@ -357,7 +359,10 @@ def save(
         processes=jax.process_count(), versions=versions(), watched=state.watch is not None,
         **{name: evaluated[name] for name in ("eval_loss",) if name in evaluated},
     )  # fmt: skip
-    for attempt in (ledger.checkpoints.wait, lambda: ledger.checkpoints.save(step, state, facts)):
+    if state.frozen is not None:  # it can be had again: what is saved is who it was
+        facts |= {BASE: dict(path=run.weights, digest=digest.one(state.frozen))}
+    learnt = dataclasses.replace(state, frozen=None)
+    for attempt in (ledger.checkpoints.wait, lambda: ledger.checkpoints.save(step, learnt, facts)):
         try:
             attempt()
         except Refused as refusal:
