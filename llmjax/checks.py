@@ -42,6 +42,8 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
         _check_local(run, axes)
     if run.lora != LoRA():
         _check_lora(run)
+    if hasattr(run.loss, "reference"):
+        _check_reference(run)
     if hasattr(run.loss, "of_layers") and not hasattr(run.model, "experts"):
         raise Refused(
             f"loss is {type(run.loss).__name__}, but {type(run.model).__name__} has no experts to keep even: "
@@ -250,6 +252,20 @@ def _check_lora(run: Run) -> None:
         raise Refused(
             f"lora.rank is {run.lora.rank}, but pipeline.schedule 1f1b takes the gradient of all weights: choose gpipe "
             f"or circular."
+        )
+
+
+def _check_reference(run: Run) -> None:
+    loss = type(run.loss).__name__
+    if run.local.every:
+        raise Refused(
+            f"local.every is {run.local.every}, but {loss} compares with frozen weights, which workers of local SGD do "
+            f"not have: use 0 for synchronous training."
+        )
+    if run.loss_chunk:
+        raise Refused(
+            f"loss_chunk is {run.loss_chunk}, but {loss} takes all positions of an answer at once: set it to 0, and "
+            f"raise --accumulate where memory is short."
         )
 
 

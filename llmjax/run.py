@@ -216,6 +216,11 @@ class Run:
         """Whether products take bfloat16 operands there, or less."""
         return self.dtype != "float32" and (self.dtype != "auto" or platform != "cpu")
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.sequence * getattr(self.loss, "sequences", 1)
+
     def folder(self) -> Path:
         """The run directory."""
         return Path(self.runs) / self.name

@@ -342,7 +342,7 @@ def header(program: Program, state: State, dataset, start: int, display: Display
     operands = program.compute.rounding or program.compute.operands
     parameters = sum(x.size for x in jax.tree.leaves(state.frozen if run.lora.rank else state.model))
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
-    tokens = run.steps * run.batch * run.sequence
+    tokens = run.steps * run.tokens
     train = dataset.size("train")
     shape = f" ({model.layers} layers, {model.width} wide, {model.heads} heads)" if hasattr(model, "layers") else ""
     here = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -420,7 +420,7 @@ def summary(program: Program, facts: dict[str, float], dataset, folder: Path, di
     )
     step = kept.planned(run, Axes(**dict(program.mesh.shape)), program.accumulate)
     if step and speed:
-        took = run.batch * run.sequence / sorted(speed)[len(speed) // 2]
+        took = run.tokens / sorted(speed)[len(speed) // 2]
         display.say(f"Planned {1e3 * step:,.1f} ms/step, measured {1e3 * took:,.1f}: {100 * (step / took - 1):+.0f}%.")
     with contextlib.suppress(Refused):  # begun by a version that kept no time
         display.say(goodput.line(goodput.of(read(folder / "events.jsonl"), read(folder / "metrics.jsonl"))))

@@ -72,12 +72,10 @@ def written(tokenizer: Bytes | TokenizerFile, template: str) -> Written:
     return Written(built, found, repr((tokenizer.identity(), found.text, sorted(found.special.items()))))
 
 
-def check(sequence: int, long: str, kinds: tuple[str, ...]) -> None:
-    """Refuses fields that are out of range (code 2)."""
+def check(sequence: int) -> None:
+    """Refuses rows of no token (code 2)."""
     if sequence < 1:
         raise Refused(f"sequence is {sequence}: give at least 1 token.", USAGE)
-    if long not in kinds:
-        raise Refused(f"data.long is {long!r}: give {' or '.join(kinds)}.", USAGE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,7 +172,9 @@ class Chat:
           Refused: a field is out of range (code 2); files, lines, tokenizer or template are not what they should be,
             or nothing is left to learn (code 65); `cache` cannot be written (code 74).
         """
-        check(sequence, self.long, ("cut", "skip"))
+        check(sequence)
+        if self.long not in ("cut", "skip"):
+            raise Refused(f"data.long is {self.long!r}: give cut or skip.", USAGE)
         found = written(self.tokenizer, self.template)
         names = answers.specials(found.tokenizer)
 

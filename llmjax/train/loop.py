@@ -156,7 +156,7 @@ class Reporter:
     def __init__(self, program: Program, dataset, ledger: Ledger, start: int, left_out: Set[int]):
         run = program.run
         self.program, self.dataset, self.ledger = program, dataset, ledger
-        self.tokens = run.batch * run.sequence
+        self.tokens = run.tokens
         self.rates = learning_rates(run.optimizer, run.steps)
         self.missed = sum(step <= start for step in left_out)  # schedules count the steps that were taken
         self.pending: Pending | None = None
@@ -280,28 +280,31 @@ def evaluate(
     size, batch = dataset.size("heldout"), program.run.batch
     chosen = np.arange(size) if rows is None else np.unique(np.linspace(0, size - 1, rows).astype(int))
     chosen = np.append(chosen, np.full(-len(chosen) % batch, size))  # rows past the end have weight 0
-    total, running = np.zeros(2), ()
+    told = getattr(program.run.loss, "told", ())
+    total, running = np.zeros(2 + len(told)), ()
     model, reference = program.whole(state), program.reference(state)
     for wanted in chosen.reshape(-1, batch):
         arrays = place(dataset, "heldout", wanted, accumulate=program.accumulate, sharding=program.batch_sharding())
         # One at a time: the collectives of two programs side by side may meet in another order on another process,
         # and then both wait for ever.
-        total += np.asarray(jax.device_get(running) or (0, 0), np.float64)
+        total += np.asarray(jax.device_get(running) or np.zeros_like(total), np.float64)
         running = program.evaluate(model, arrays, *reference)
         ledger.heartbeat(step, "evaluate")
         if stop():
             jax.block_until_ready(running)
             ledger.spent.mark("evaluate")
             return None
-    nats, weight = (total + np.asarray(jax.device_get(running), np.float64)).tolist()
-    facts = dict(eval_loss=nats / weight)
+    nats, weight, *others = (total + np.asarray(jax.device_get(running), np.float64)).tolist()
+    facts = dict(eval_loss=nats / weight) | {f"eval_{n}": x / weight for n, x in zip(told, others, strict=True)}
     if dataset.heldout_bytes:
         facts["bits_per_byte"] = nats / weight / math.log(2) * dataset.heldout_tokens / dataset.heldout_bytes
     ledger.spent.mark("evaluate")
     ledger.metrics(step=step, **facts, eval_targets=weight)
     ledger.account(now=True)
     bits = f"  {facts['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in facts else ""
-    ledger.display.say(f"step {step}: held-out loss {facts['eval_loss']:.4f}{bits}  ({weight:,.0f} targets)")
+    bits += "".join(f"  {name.replace('_', ' ')} {facts[f'eval_{name}']:.3f}" for name in told)
+    what = "pairs" if told else "targets"
+    ledger.display.say(f"step {step}: held-out loss {facts['eval_loss']:.4f}{bits}  ({weight:,.0f} {what})")
     return facts
 
 
@@ -354,7 +357,7 @@ def save(
     ledger.heartbeat(step, "save")
     run = program.run
     facts = dict(
-        step=step, tokens=step * run.batch * run.sequence, data=dataset.fingerprint, config=fingerprint(run),
+        step=step, tokens=step * run.tokens, data=dataset.fingerprint, config=fingerprint(run),
         run=decisive(run), how=free(run), mesh=dict(program.mesh.shape), layout=run.layout.name,
         processes=jax.process_count(), versions=versions(), watched=state.watch is not None,
         **{name: evaluated[name] for name in ("eval_loss",) if name in evaluated},

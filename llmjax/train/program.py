@@ -42,7 +42,7 @@ class Program:
     init: Callable[[jax.Array], steps.State]
     begin: Callable[[nnx.Module], steps.State]
     step: Callable[[steps.State, Any], tuple[steps.State, dict[str, jax.Array]]]
-    evaluate: Callable[..., tuple[jax.Array, jax.Array]]
+    evaluate: Callable[..., tuple[jax.Array, ...]]
     pass_over: Callable[[steps.State], steps.State]
     try_again: Callable[[steps.State], steps.State]
     flops_per_token: float | None = None  # causal attention; None where the model does not say
@@ -98,8 +98,9 @@ class Program:
         return dataclasses.replace(state, opt=jax.tree.map(on_host, state.opt))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of the batch of a language model, each [A, B/A, T]."""
-        shape = (self.accumulate, self.run.batch // self.accumulate, self.run.sequence)
+        """Shapes and shardings of the batch of a language model: [A, B/A, T], of several sequences [A, B/A, n, T]."""
+        count = getattr(self.run.loss, "sequences", 1)
+        shape = (self.accumulate, self.run.batch // self.accumulate, *(count,) * (count > 1), self.run.sequence)
         types = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32)
         return {k: jax.ShapeDtypeStruct(shape, v, sharding=self.batch_sharding()) for k, v in types.items()}
 
@@ -273,7 +274,7 @@ def chunk(run: Run, axes: Axes, accumulate: int, chip: Chip) -> int:
 
     Shorter pieces than PIECE cost time: for each, the gradient of the whole head is read and written.
     """
-    if run.loss_chunk or chip.platform == "cpu" or not hasattr(run.model, "sizes"):
+    if run.loss_chunk or chip.platform == "cpu" or not hasattr(run.model, "sizes") or hasattr(run.loss, "reference"):
         return run.loss_chunk
     inner, rows = run.layout.inner, run.batch // ways(run.layout.inner.get("B"), axes) // accumulate
     if axes.stage > 1 and run.pipeline.schedule == "1f1b":
