@@ -93,7 +93,8 @@ def ensure(source: Source, cache: Path, say: Callable[[str], None]) -> Masked:
     opened = _open(folder)
     if left := sum(opened.record["bad"].values()):
         listed = "; ".join(opened.record["bad_sample"])
-        say(f"Left out {left:,} bad lines of '{source.path}': {listed}{' and others' if left > 5 else ''}.")
+        lines = "bad line" if left == 1 else "bad lines"
+        say(f"Left out {left:,} {lines} of '{source.path}': {listed}{' and others' if left > 5 else ''}.")
     return opened
 
 
@@ -119,7 +120,8 @@ def _build(source: Source, found: list[tuple[str, Path]], folder: Path) -> None:
             starts.append(at + np.cumsum(lengths))
             at += int(lengths.sum())
     if len(draws) < 2:
-        raise Refused(f"'{source.path}' holds {len(draws)} records: give at least 2, one to hold out.", DATA)
+        besides = f" besides {sum(bad.values()):,} bad ones, such as {sample[0]}" if bad else ""
+        raise Refused(f"'{source.path}' holds {len(draws)} records{besides}: give at least 2, one to hold out.", DATA)
     heldout = np.array(draws) < source.heldout
     for side, one in ((True, np.argmin(draws)), (False, np.argmax(draws))):
         if not (heldout == side).any():

@@ -157,7 +157,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
     flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None
     if flops and run.lora.rank:
         flops *= 2 / 3  # no gradient of a weight; the adapters' own products are left out
-    return Program(
+    made = Program(
         run=run,
         mesh=mesh,
         compute=compute,
@@ -174,6 +174,9 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         peak=chip.flops and flops and chip.flops * mesh.size,
         lacking=lacking,
     )
+    if run.lora.on:
+        made.abstract_state()  # refuses names that no weight has
+    return made
 
 
 def _on_gpus(mesh: Mesh | AbstractMesh) -> bool:

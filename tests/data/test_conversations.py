@@ -141,7 +141,7 @@ def test_a_bad_line_is_named_or_left_out_with_a_count(case, tmp_path):
     assert refused.value.code == 65
     lines = []
     dataset = Chat(str(path), bad="skip").open(100, tmp_path / "cache", lines.append)
-    assert any("Left out 1 bad lines" in said and "talk.jsonl line 7" in said for said in lines)
+    assert any("Left out 1 bad line of" in said and "talk.jsonl line 7" in said for said in lines)
     assert len(dataset.store.records("train")) + len(dataset.store.records("heldout")) == 6
 
 

@@ -81,7 +81,7 @@ def test_a_bad_line_is_named_or_left_out_with_a_count(case, tmp_path):
         opened(tmp_path, records)
     lines = []
     opened(tmp_path, records, say=lines.append, bad="skip")
-    assert "Left out 1 bad lines" in lines[0]
+    assert "Left out 1 bad line of" in lines[0]
 
 
 def test_rows_that_no_pair_fits_are_refused(tmp_path):
