@@ -147,7 +147,7 @@ def to_the_end(
     ledger.checkpoints.wait()
     spent.mark("save")
     facts = loop.evaluate(program, state, dataset, ledger, done, stop=stop) if done == run.steps else None
-    if facts is None or (tasks and loop.ask(state, ledger, done, tasks, stop=stop) is None):
+    if facts is None or (tasks and loop.ask(program.whole(state), ledger, done, tasks, stop=stop) is None):
         ledger.account(now=True)
         ledger.event("stop", step=done)
         ledger.heartbeat(done, "stop")

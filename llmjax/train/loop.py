@@ -92,7 +92,7 @@ def steps(
         if missed and evaluate(program, state, dataset, ledger, start, rows=run.eval_rows, stop=stop) is None:
             return state, start
         missed = start and asks(run, start) and not processes.share(ledger.evaluated(start, TASK))
-        if missed and ask(state, ledger, start, tasks, stop=stop) is None:
+        if missed and ask(program.whole(state), ledger, start, tasks, stop=stop) is None:
             return state, start
         for step, batch, waited_ms in batches:
             if tracer.begins(step + 1):
@@ -120,7 +120,7 @@ def steps(
                 clock.saved(done)
                 save(program, state, done, dataset, ledger, evaluated or {})
             if asks(run, done):  # after the save, as it may take long
-                ask(state, ledger, done, tasks, stop=stop)
+                ask(program.whole(state), ledger, done, tasks, stop=stop)
             if stop():
                 break
         state = report.settle(state)
@@ -309,16 +309,16 @@ def evaluate(
 
 
 def ask(
-    state: State, ledger: Ledger, step: int, tasks: Tasks, stop: Callable[[], bool] = lambda: False
+    model: nnx.Module, ledger: Ledger, step: int, tasks: Tasks, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
-    """Scores of the run's tasks, under the names that the records have; None if it was asked to stop."""
+    """The model's scores in the run's tasks, under the names that the records have; None if it was asked to stop."""
 
     def stopped() -> bool:
         ledger.heartbeat(step, "evaluate")
         return stop()
 
     ledger.spent.mark("steps")
-    found = tasks(state.model, stopped)
+    found = tasks(model, stopped)
     ledger.spent.mark("evaluate")
     if found is None:
         return None
