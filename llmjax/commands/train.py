@@ -340,7 +340,7 @@ def header(program: Program, state: State, dataset, start: int, display: Display
     """What is about to happen."""
     run, model = program.run, program.run.model
     operands = program.compute.rounding or program.compute.operands
-    parameters = sum(x.size for x in jax.tree.leaves(state.frozen if run.lora.rank else state.model))
+    parameters = program.size(state)
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     tokens = run.steps * run.tokens
     train = dataset.size("train")
@@ -452,11 +452,12 @@ def write_environment(folder: Path, program: Program, devices: list, state: Stat
         processes=jax.process_count(),
         mesh=dict(program.mesh.shape),
         layout=program.run.layout.name,
-        parameters=sum(x.size for x in jax.tree.leaves(state.model)),
+        parameters=program.size(state),
         flops_per_token=program.flops_per_token,  # of the model, with causal attention
         peak=program.peak,  # bfloat16 FLOP/s of all devices
         bytes_per_device=dict(
-            parameters=bytes_per_device(state.model, program.mesh), optimizer=bytes_per_device(state.opt, program.mesh)
+            parameters=bytes_per_device((state.model, state.frozen), program.mesh),
+            optimizer=bytes_per_device(state.opt, program.mesh),
         ),
         planned=kept.plan(program.run, Axes(**dict(program.mesh.shape)), program.accumulate),
         data=data,

@@ -65,6 +65,10 @@ class Program:
         """The model that evaluation and generation use: with adapters, where there are any. It shares all arrays."""
         return adapters.attached(state.frozen, state.model, self.run.lora) if self.run.lora.rank else state.model
 
+    def size(self, state: steps.State) -> int:
+        """Parameters of the model, without adapters."""
+        return sum(x.size for x in jax.tree.leaves(state.frozen if self.run.lora.rank else state.model))
+
     def reference(self, state: steps.State) -> tuple[nnx.Module, ...]:
         """What the loss takes besides model and batch: the frozen weights, where it compares with them."""
         return (state.frozen,) if hasattr(self.run.loss, "reference") else ()
