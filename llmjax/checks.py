@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 from llmjax import layout as layouts
 from llmjax.errors import Refused
 from llmjax.mesh import Axes, Chip
-from llmjax.run import DiLoCo, Remat, Run
+from llmjax.run import DiLoCo, LoRA, Remat, Run
 
 
 def check(run: Run, axes: Axes, accumulate: int) -> None:
@@ -40,6 +40,10 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
         raise Refused(f"local.every is {run.local.every}: give the steps between two exchanges, or 0 for none.")
     if run.local.every:
         _check_local(run, axes)
+    if run.lora != LoRA():
+        _check_lora(run)
+    if hasattr(run.loss, "reference"):
+        _check_reference(run)
     if hasattr(run.loss, "of_layers") and not hasattr(run.model, "experts"):
         raise Refused(
             f"loss is {type(run.loss).__name__}, but {type(run.model).__name__} has no experts to keep even: "
@@ -229,6 +233,39 @@ def _check_local(run: Run, axes: Axes) -> None:
         raise Refused(
             f"local.fragments is {local.fragments}, but the layers are cut over '{over[0]}': set --local.fragments 1, "
             f"or --axes.{over[0]} 1."
+        )
+
+
+def _check_lora(run: Run) -> None:
+    if run.lora.rank < 0:
+        raise Refused(f"lora.rank is {run.lora.rank}: give the width of the adapters, or 0 for none.")
+    if run.lora.rank == 0:
+        raise Refused("lora.rank is 0, and other fields of lora are set: give --lora.rank, such as 16.")
+    if not 0 < run.lora.alpha < math.inf:
+        raise Refused(f"lora.alpha is {run.lora.alpha}: give a positive number.")
+    if run.local.every:
+        raise Refused(
+            f"lora.rank is {run.lora.rank}, but local.every is {run.local.every}: workers of local SGD have no "
+            f"adapters of their own, so set one of them to 0."
+        )
+    if run.pipeline.schedule == "1f1b" and "stage" in run.layout.axes():
+        raise Refused(
+            f"lora.rank is {run.lora.rank}, but pipeline.schedule 1f1b takes the gradient of all weights: choose gpipe "
+            f"or circular."
+        )
+
+
+def _check_reference(run: Run) -> None:
+    loss = type(run.loss).__name__
+    if run.local.every:
+        raise Refused(
+            f"local.every is {run.local.every}, but {loss} compares with frozen weights, which workers of local SGD do "
+            f"not have: use 0 for synchronous training."
+        )
+    if run.loss_chunk:
+        raise Refused(
+            f"loss_chunk is {run.loss_chunk}, but {loss} takes all positions of an answer at once: set it to 0, and "
+            f"raise --accumulate where memory is short."
         )
 
 

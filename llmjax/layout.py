@@ -2,6 +2,7 @@
 
     B batch · T position · S key position · D model · H query heads · G key/value heads · K head dim · F feed-forward
     V vocabulary · L layers · E experts · C expert capacity · N microbatches in flight · A accumulation steps
+    R rank of an adapter, which no layout cuts
 
 The same letters name array dims (`x_BTD`), einsum subscripts and the keys of a layout. "axis" means mesh axis, "dim"
 means tensor dimension.

@@ -109,6 +109,26 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Adapters beside the weights of layers, which alone are trained and saved (arXiv:2106.09685).
+
+    A weight W becomes W + alpha / rank · A B, with `rank` columns of A, drawn at random, and rows of B, at first 0.
+    """
+
+    rank: int = 0
+    "Width of an adapter, R; 0: none, all weights are trained."
+    alpha: float = 16.0
+    "What their product is multiplied by, times rank."
+    on: tuple[str, ...] = ()
+    "Weights that get one, as query_DHK or query; none: every matrix of the layers but routers."
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A training run. The same value gives the same numbers on every mesh.
 
@@ -161,6 +181,7 @@ class Run:
     "Local SGD over axis data; off by default."
     guard: Guard = Guard()
     profile: Profile = Profile()
+    lora: LoRA = LoRA()
     seed: int = 0
     "Seeds the weights and the order of the data."
     weights: str = ""
@@ -194,6 +215,11 @@ class Run:
     def in_bfloat16(self, platform: str) -> bool:
         """Whether products take bfloat16 operands there, or less."""
         return self.dtype != "float32" and (self.dtype != "auto" or platform != "cpu")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.sequence * getattr(self.loss, "sequences", 1)
 
     def folder(self) -> Path:
         """The run directory."""

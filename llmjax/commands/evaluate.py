@@ -112,6 +112,8 @@ def _dataset(asked: Options, run: Run, tokenizer: Path, display: Display) -> Any
     cache = Path(asked.runs) / ".cache" / "data"
     if asked.data:
         return heldout.read(asked.data, tokenizer, run.sequence, cache)
+    if hasattr(run.loss, "reference"):
+        raise Refused("the run's own data is pairs of answers, not text: name a text with --data.")
     try:
         return run.data.open(run.sequence, cache, display.say)
     except Refused as refusal:

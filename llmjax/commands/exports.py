@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from llmjax.checkpoint.manifest import sync
 from llmjax.commands.generate import choose_step
 from llmjax.commands.imports import laid_out
 from llmjax.commands.origin import origin_of
+from llmjax.data import chat
 from llmjax.data.tokenizer import end_of_text, load
 from llmjax.errors import DONE, IO, Refused
 from llmjax.interop import configs, safetensors, weights
@@ -30,6 +31,9 @@ from llmjax.interop.weights import Weight
 from llmjax.run import Run, read
 from llmjax.rundir import find
 from llmjax.train.display import Display, memory
+from llmjax.train.loop import BASE
+from llmjax.train.program import Program
+from llmjax.train.resume import read_weights
 
 DTYPES = dict(float32=np.dtype(np.float32), bfloat16=np.dtype(ml_dtypes.bfloat16))
 
@@ -70,12 +74,12 @@ def export(asked: Export) -> int:
     try:
         with program.context(), Checkpoints(home / "checkpoints") as checkpoints:
             step = choose_step(checkpoints, asked.step, home)
-            wanted = named(like(program.abstract_state().model, program.mesh))
+            wanted = named(like(program.abstract_model(), program.mesh))
             parts = family.weights(run.model)
             places = tensors(scratch, parts, wanted, DTYPES[kind], asked.shard)
+            value = values(program, checkpoints, step, wanted)
             for weight in parts:  # one at a time
-                name = f"model.{weight.ours}"
-                write(weight, checkpoints.restore(step, {name: wanted[weight.ours]})[name], places)
+                write(weight, value(weight.ours), places)
         texts(scratch, home, origin, config)
         interop.read(scratch)  # what we write, we can read
         synced(scratch)
@@ -92,6 +96,13 @@ def export(asked: Export) -> int:
     if getattr(run.model, "ahead", 0):
         Display().say("The layers that predict further tokens are left out, as transformers has no place for them.")
     return DONE
+
+
+def values(program: Program, checkpoints: Checkpoints, step: int, wanted: dict[str, Any]) -> Callable[[str], jax.Array]:
+    """What reads a parameter of a checkpoint by name; of one that holds adapters, from the merged model."""
+    if BASE in checkpoints.facts(step):
+        return named(read_weights(program, checkpoints, step)).__getitem__
+    return lambda name: checkpoints.restore(step, {f"model.{name}": wanted[name]})[f"model.{name}"]
 
 
 def room(asked: Export) -> Path:
@@ -180,6 +191,8 @@ def texts(folder: Path, home: Path, origin: Path | None, config: Json) -> None:
         (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
         said = dict(bos_token_id=end, eos_token_id=end)
         (folder / "generation_config.json").write_text(json.dumps(said, indent=2) + "\n")
+    if (template := home / chat.ALONE).is_file() and not (folder / chat.ALONE).is_file():
+        shutil.copyfile(template, folder / chat.ALONE)
     (folder / interop.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

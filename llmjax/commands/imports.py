@@ -22,7 +22,7 @@ from llmjax.layout import Pipeline, preset
 from llmjax.mesh import Axes
 from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Cosine
-from llmjax.run import DiLoCo, Run, read
+from llmjax.run import DiLoCo, LoRA, Run, read
 from llmjax.rundir import find
 from llmjax.train.display import Display, count
 from llmjax.train.loop import decisive
@@ -66,7 +66,7 @@ def bring(asked: Import) -> int:
         fits(texts["tokenizer.json"], run)
     program = laid_out(run, asked.mesh, asked.layout)
     with program.context():
-        model = found.load(like(program.abstract_state().model, program.mesh))
+        model = found.load(like(program.abstract_model(), program.mesh))
         Path(run.runs).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{run.name}.", dir=run.runs) as scratch:
             write(run, State(jnp.int32(0), model, ()), Path(scratch) / run.name, texts, found)
@@ -79,7 +79,7 @@ def laid_out(run: Run, mesh: str, layout: str) -> Program:
     """The run's program on the devices here, to hold its weights and not to train."""
     run = dataclasses.replace(
         run, mesh=names.load("meshes", mesh, "cluster"), axes=Axes(), layout=preset(layout), accumulate=1,
-        attention="reference", local=DiLoCo(every=0), pipeline=Pipeline(),
+        attention="reference", local=DiLoCo(every=0), pipeline=Pipeline(), lora=LoRA(),
     )  # fmt: skip
     devices = processes.start(run.mesh, processes.Processes())
     run = dataclasses.replace(run, batch=len(devices))
@@ -106,7 +106,7 @@ def run_of(asked: Import, found: interop.Checkpoint) -> Run:
 
 
 def begin_from(run: Run, source: str, runs: str) -> Run:
-    """The run with the model, the tokenizer and the weights of another run, or of a Hugging Face checkpoint.
+    """The run with the model, tokenizer, template and weights of another run, or of a Hugging Face checkpoint.
 
     Raises:
       Refused: there is neither, or the checkpoint is not honoured.
@@ -120,6 +120,8 @@ def begin_from(run: Run, source: str, runs: str) -> Run:
     data = run.data
     if hasattr(data, "tokenizer") and tokenizer.is_file():
         data = dataclasses.replace(data, tokenizer=TokenizerFile(str(tokenizer)))
+    if hasattr(data, "template") and not data.template:
+        data = dataclasses.replace(data, template=str(home / KEPT if (home / KEPT).is_dir() else home))
     return dataclasses.replace(
         run, model=model, data=data, weights=str(home), sequence=min(run.sequence, model.positions)
     )

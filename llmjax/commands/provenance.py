@@ -86,15 +86,14 @@ def derived(run: Run, program: Program) -> dict[str, tuple[Any, str]]:
 
 def facts(program: Program) -> dict[str, Any]:
     """Counts of the model and of the whole run; what a model does not tell is left out."""
-    import jax
 
     run, state = program.run, program.abstract_state()
-    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    parameters = program.size(state)
     found: dict[str, Any] = dict(parameters=parameters, steps=run.steps)
     if not hasattr(run.model, "flops_per_token"):
         return found
     causal, full = run.model.flops_per_token(run.sequence)
-    tokens = run.steps * run.batch * run.sequence
+    tokens = run.steps * run.tokens
     return found | dict(
         active=active(run), tokens=tokens, tokens_per_parameter=tokens / parameters,
         flops_per_token=causal, flops_per_token_full=full, flops=tokens * causal,

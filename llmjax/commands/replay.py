@@ -110,7 +110,7 @@ def last(program: Program, state: State, dataset: Any, step: int, folder: Path, 
         same = [then.get(name) == facts[name] for name in ("state", "batch")]
         display.say(f"Its state and its batch are {'those' if all(same) else 'not those'} of faults/{step}.json.")
         code = DONE if all(same) else UNEQUAL
-    where = first_not_finite(program.differentiated(state), batch, run.loss) if not run.local.every else None
+    where = first_not_finite(program.differentiated(state), batch, program.loss(state)) if not run.local.every else None
     display.say(f"First not finite: {where}." if where else "All of it is finite.")
     return code
 

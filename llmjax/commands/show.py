@@ -89,7 +89,7 @@ def table(display: Display, title: str, told: list[Value]) -> None:
 def sizes(program: Program, facts: dict[str, Any]) -> dict[str, str]:
     """The model and the run in numbers."""
     state = program.abstract_state()
-    held = (bytes_per_device(tree, program.mesh) for tree in (state.model, state.opt))
+    held = (bytes_per_device(tree, program.mesh) for tree in ((state.model, state.frozen), state.opt))
     parameters, optimizer = map(memory, held)
     devices = f"on each of {program.mesh.size} devices" if program.mesh.size > 1 else "on one device"
     many = f"{count(facts['parameters'])} ({facts['parameters']:,})"

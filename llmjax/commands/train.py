@@ -23,7 +23,7 @@ from llmjax import names, reading, redact
 from llmjax import processes as system
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.checkpoint.retention import Retention
-from llmjax.data import mixture
+from llmjax.data import chat, mixture
 from llmjax.data.dataset import check_rows
 from llmjax.data.stored import check_epochs
 from llmjax.errors import DATA, DONE, IO, NON_FINITE, PREEMPTED, USAGE, Refused
@@ -91,6 +91,8 @@ def train(
             write_environment(folder, program, devices, state, dataset.fingerprint)
             if dataset.tokenizer is not None:
                 (folder / "tokenizer.json").write_text(dataset.tokenizer.to_str(pretty=True), encoding="utf-8")
+            if template := getattr(dataset, "template", None):
+                chat.write(folder, template)
         header(program, state, dataset, start, display)
         spent.mark("start")
         if notice:
@@ -145,7 +147,7 @@ def to_the_end(
     ledger.checkpoints.wait()
     spent.mark("save")
     facts = loop.evaluate(program, state, dataset, ledger, done, stop=stop) if done == run.steps else None
-    if facts is None or (tasks and loop.ask(state, ledger, done, tasks, stop=stop) is None):
+    if facts is None or (tasks and loop.ask(program.whole(state), ledger, done, tasks, stop=stop) is None):
         ledger.account(now=True)
         ledger.event("stop", step=done)
         ledger.heartbeat(done, "stop")
@@ -338,9 +340,9 @@ def header(program: Program, state: State, dataset, start: int, display: Display
     """What is about to happen."""
     run, model = program.run, program.run.model
     operands = program.compute.rounding or program.compute.operands
-    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    parameters = program.size(state)
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
-    tokens = run.steps * run.batch * run.sequence
+    tokens = run.steps * run.tokens
     train = dataset.size("train")
     shape = f" ({model.layers} layers, {model.width} wide, {model.heads} heads)" if hasattr(model, "layers") else ""
     here = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -355,14 +357,21 @@ def header(program: Program, state: State, dataset, start: int, display: Display
             "mesh": f"{run.mesh.name}: {axes}; layout {run.layout.name}",
             "compute": f"{operands} products, accumulation {program.accumulate}, remat {run.remat}, "
             f"attention {program.compute.attention}" + (f" ({program.lacking})" if program.lacking else ""),
+            **({"lora": lora(run, state)} if run.lora.rank else {}),
             **({"local": local(run, program.mesh.shape["data"])} if run.local.every else {}),
-            "memory": f"per device: parameters {memory(bytes_per_device(state.model, program.mesh))}, "
+            "memory": f"per device: parameters {memory(bytes_per_device((state.model, state.frozen), program.mesh))}, "
             f"optimizer {memory(bytes_per_device(state.opt, program.mesh))}",
             "folder": str(run.folder()),
         },
     )
     if jax.process_count() > 1:
         print(system.describe(program.batch_sharding(), run.batch), flush=True)
+
+
+def lora(run: Run, state: State) -> str:
+    """What is trained in place of the weights, in words."""
+    learnt, weights = sum(x.size for x in jax.tree.leaves(state.model)), len(state.model)
+    return f"rank {run.lora.rank}, alpha {run.lora.alpha:g}, beside {weights} weights: {count(learnt)} parameters"
 
 
 def local(run: Run, workers: int) -> str:
@@ -379,9 +388,11 @@ def samples(program: Program, state: State, dataset, ledger: Ledger) -> None:
         return
     tokenizer, positions = dataset.tokenizer, min(run.sequence, run.model.positions)
     how = Sampling(tokens=min(64, positions // 2), temperature=0.7, top_p=0.9)
-    prompts = [tokenizer.encode(text).ids[-(positions - how.tokens) :] for text in run.prompts]
+    encode = getattr(dataset, "asked", lambda text: tokenizer.encode(text).ids)
+    prompts = [encode(text)[-(positions - how.tokens) :] for text in run.prompts]
     texts = [
-        tokenizer.decode(tokens) for tokens in complete(state.model, prompts, how, positions=positions, end=dataset.end)
+        tokenizer.decode(tokens)
+        for tokens in complete(program.whole(state), prompts, how, positions=positions, end=dataset.end)
     ]
     for prompt, text in zip(run.prompts, texts, strict=True):
         ledger.display.sample(prompt, text)
@@ -409,7 +420,7 @@ def summary(program: Program, facts: dict[str, float], dataset, folder: Path, di
     )
     step = kept.planned(run, Axes(**dict(program.mesh.shape)), program.accumulate)
     if step and speed:
-        took = run.batch * run.sequence / sorted(speed)[len(speed) // 2]
+        took = run.tokens / sorted(speed)[len(speed) // 2]
         display.say(f"Planned {1e3 * step:,.1f} ms/step, measured {1e3 * took:,.1f}: {100 * (step / took - 1):+.0f}%.")
     with contextlib.suppress(Refused):  # begun by a version that kept no time
         display.say(goodput.line(goodput.of(read(folder / "events.jsonl"), read(folder / "metrics.jsonl"))))
@@ -441,11 +452,12 @@ def write_environment(folder: Path, program: Program, devices: list, state: Stat
         processes=jax.process_count(),
         mesh=dict(program.mesh.shape),
         layout=program.run.layout.name,
-        parameters=sum(x.size for x in jax.tree.leaves(state.model)),
+        parameters=program.size(state),
         flops_per_token=program.flops_per_token,  # of the model, with causal attention
         peak=program.peak,  # bfloat16 FLOP/s of all devices
         bytes_per_device=dict(
-            parameters=bytes_per_device(state.model, program.mesh), optimizer=bytes_per_device(state.opt, program.mesh)
+            parameters=bytes_per_device((state.model, state.frozen), program.mesh),
+            optimizer=bytes_per_device(state.opt, program.mesh),
         ),
         planned=kept.plan(program.run, Axes(**dict(program.mesh.shape)), program.accumulate),
         data=data,

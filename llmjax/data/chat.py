@@ -62,6 +62,16 @@ def load(folder: Path) -> Template:
     return Template(special=special)
 
 
+def write(folder: Path, template: Template) -> None:
+    """Puts a template into a folder, for `load` to find.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    (folder / ALONE).write_text(template.text, encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(dict(template.special), indent=1) + "\n", encoding="utf-8")
+
+
 def render(template: Template, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> str:
     """The text of a conversation of messages with a `role` and a `content`.
 

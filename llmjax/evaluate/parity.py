@@ -139,14 +139,16 @@ def stream(random: np.random.Generator, rows: int, length: int, vocab: int) -> n
 def batch(program: Program, step: int) -> dict[str, jax.Array]:
     """Tokens with something to learn, some targets masked, and two or three documents in every row."""
     run, random = program.run, np.random.default_rng((program.run.seed, step))
-    tokens = stream(random, run.batch, run.sequence + 1, run.model.vocab)
+    count = getattr(run.loss, "sequences", 1)
+    rows = run.batch * count
+    tokens = stream(random, rows, run.sequence + 1, run.model.vocab)
     whole = dict(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
-        weights=(random.random((run.batch, run.sequence)) < 0.9).astype(np.float32),
-        segments=np.cumsum(random.random((run.batch, run.sequence)) < 1.5 / run.sequence, 1).astype(np.int32),
+        weights=(random.random((rows, run.sequence)) < 0.9).astype(np.float32),
+        segments=np.cumsum(random.random((rows, run.sequence)) < 1.5 / run.sequence, 1).astype(np.int32),
     )
-    cut = (program.accumulate, run.batch // program.accumulate, run.sequence)
+    cut = (program.accumulate, run.batch // program.accumulate, *(count,) * (count > 1), run.sequence)
     sharding = program.batch_sharding()
     return {name: jax.make_array_from_callback(cut, sharding, x.reshape(cut).__getitem__) for name, x in whole.items()}
 

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmjax import layout as layouts
 from llmjax.layout import Layout, Pipeline
-from llmjax.models import memory, pipeline, quantized
+from llmjax.models import adapted, memory, pipeline, quantized
 
 Sizes = Mapping[str, int]
 # What a layer's arrays are called where a policy decides what to keep: what goes into it, what attention gives, and
@@ -95,9 +95,14 @@ def project(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
 
 def project_all(subscripts: Sequence[str], x: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
     """`project` of one activation by several weights, whose parts of its gradient are summed over devices as one."""
-    products = _project(tuple(subscripts), how(), x, tuple(weight[...] for weight in weights))
+    pairs = list(zip(subscripts, weights, strict=True))
+    low = [(n, w, ways) for n, (each, w) in enumerate(pairs) if (ways := adapted.beside(w, each))]
+    factors = (*(adapted.plain(w, each) for each, w in pairs), *(w.down[...] for _, w, _ in low))
+    products = _project((*subscripts, *(down for _, _, (down, _) in low)), how(), x, factors)
+    for (n, w, (_, up)), h in zip(low, products[len(pairs) :], strict=True):
+        products[n] += w.scale * _project((up,), how(), h, (w.up[...],))[0]
     names = (WIDE if "F" in each else PRODUCT for each in subscripts)
-    return [checkpoint_name(y, name) for y, name in zip(products, names, strict=True)]
+    return [checkpoint_name(y, name) for y, name in zip(products[: len(pairs)], names, strict=True)]
 
 
 # JAX traces both halves of its derivative when the model has been traced, and so outside of any narrower `inside`.
@@ -188,10 +193,11 @@ def _dims(subscripts: str) -> tuple[str, str, str]:
 def _rounds(dims: str) -> bool:
     """Whether the product with a weight, and the one that gives the gradient of its other factor, take eight bits.
 
-    The head's do not, and nowhere does the gradient of a weight: it sums over tokens, of which a few are far larger
-    than others, and rounding those of one device alike would take the largest of all devices (arXiv:2304.13013).
+    The head's and an adapter's do not, and nowhere does the gradient of a weight: it sums over tokens, of which a few
+    are far larger than others, and rounding those of one device alike would take the largest of all devices
+    (arXiv:2304.13013).
     """
-    return bool(how().rounding) and "V" not in dims
+    return bool(how().rounding) and "V" not in dims and adapted.RANK not in dims
 
 
 def _rounded(x: jax.Array, dims: str, out: str) -> quantized.Factor:

@@ -44,7 +44,7 @@ def bytes_held(shape: Sequence[int], cuts: Cuts, sizes: Axes, number: int) -> in
 def parameters(program: Program) -> list[Array]:
     """All weights of the model, in its own order."""
     found, compute = [], program.compute
-    for name, x in named(program.abstract_state().model).items():
+    for name, x in named(program.abstract_model()).items():
         dims = _dims(name, x.ndim)
         rest, used = _cuts(x.sharding.spec, x.ndim, program), None
         if "?" not in dims:

@@ -96,6 +96,12 @@ def sized(run: Run) -> None:
 def plannable(run: Run) -> None:
     """Refuses a run that says too little of itself to be planned."""
     sized(run)
+    if run.lora.rank or hasattr(run.loss, "reference"):
+        what = f"lora.rank is {run.lora.rank}" if run.lora.rank else f"loss is {type(run.loss).__name__}"
+        raise Refused(
+            f"{what}, and the planner does not yet know of weights that are not trained: plan it with --lora.rank 0 "
+            f"and a loss of one model, which takes more memory and time."
+        )
     if run.mesh.chip is None or run.mesh.chips is None:
         raise Refused(f"mesh is {run.mesh.name}, whose chips are not known: give a mesh that names them, --mesh cpu8.")
 

@@ -33,7 +33,9 @@ def contents(
         state=digest.text(jax.jit(digest.digest)(dict(model=state.model, opt=state.opt))),
     )
     if not run.local.every:
-        norms = jax.jit(functools.partial(gradient_norms, loss=run.loss))(program.differentiated(state), batch)
+        norms = jax.jit(functools.partial(gradient_norms, loss=program.loss(state)))(
+            program.differentiated(state), batch
+        )
         facts["gradient_norms"] = {name: _number(float(norm)) for name, norm in norms.items()}
     return facts
 

@@ -1,5 +1,7 @@
 """A digest of arrays that any mesh computes alike, and that one flipped bit changes."""
 
+import hashlib
+import json
 import math
 from typing import Any
 
@@ -22,6 +24,15 @@ def digest(tree: Any) -> dict[str, jax.Array]:
 def text(found: dict[str, Any]) -> dict[str, str]:
     """Digests as hexadecimal text."""
     return {name: f"{int(np.asarray(value)):08x}" for name, value in found.items()}
+
+
+def one(tree: Any) -> str:
+    """One text for a whole tree: the same where all its leaves and their names are."""
+    found = text(_digest(tree))
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:32]
+
+
+_digest = jax.jit(digest)
 
 
 def words(x: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from llmjax.data.batches import order, place, prefetch, ranked
 from llmjax.errors import IO, NON_FINITE, Refused
 from llmjax.optim import schedules
 from llmjax.run import FREE, Run, fingerprint, to_json
-from llmjax.train import blackbox, corruption, diloco
+from llmjax.train import blackbox, corruption, digest, diloco
 from llmjax.train.ledger import Ledger
 from llmjax.train.profile import Tracer
 from llmjax.train.program import Program
@@ -33,6 +33,7 @@ from llmjax.train.timed import Timed
 SHOWN = 12  # scores of tasks on the terminal
 # Of a model, and of whether to stop: scores of tasks under names that begin with TASK, None where it stopped.
 Tasks = Callable[[nnx.Module, Callable[[], bool]], dict[str, float] | None]
+BASE = "base"  # what the facts of a checkpoint call the frozen weights: where they came from, and their digest
 
 
 class Rewind(Exception):
@@ -91,7 +92,7 @@ def steps(
         if missed and evaluate(program, state, dataset, ledger, start, rows=run.eval_rows, stop=stop) is None:
             return state, start
         missed = start and asks(run, start) and not processes.share(ledger.evaluated(start, TASK))
-        if missed and ask(state, ledger, start, tasks, stop=stop) is None:
+        if missed and ask(program.whole(state), ledger, start, tasks, stop=stop) is None:
             return state, start
         for step, batch, waited_ms in batches:
             if tracer.begins(step + 1):
@@ -111,7 +112,7 @@ def steps(
             if saves or evaluates(run, done) or asks(run, done) or clock.looks(done) or done == run.steps:
                 state = report.settle(state)
             if due(done, run.guard.replicas):  # before what is wrong could be saved
-                corruption.replicas(state.model, program.mesh)
+                corruption.replicas(state.model if state.frozen is None else (state.model, state.frozen), program.mesh)
             evaluated = {}
             if evaluates(run, done):
                 evaluated = evaluate(program, state, dataset, ledger, done, rows=run.eval_rows, stop=stop)
@@ -119,7 +120,7 @@ def steps(
                 clock.saved(done)
                 save(program, state, done, dataset, ledger, evaluated or {})
             if asks(run, done):  # after the save, as it may take long
-                ask(state, ledger, done, tasks, stop=stop)
+                ask(program.whole(state), ledger, done, tasks, stop=stop)
             if stop():
                 break
         state = report.settle(state)
@@ -155,7 +156,7 @@ class Reporter:
     def __init__(self, program: Program, dataset, ledger: Ledger, start: int, left_out: Set[int]):
         run = program.run
         self.program, self.dataset, self.ledger = program, dataset, ledger
-        self.tokens = run.batch * run.sequence
+        self.tokens = run.tokens
         self.rates = learning_rates(run.optimizer, run.steps)
         self.missed = sum(step <= start for step in left_out)  # schedules count the steps that were taken
         self.pending: Pending | None = None
@@ -279,41 +280,45 @@ def evaluate(
     size, batch = dataset.size("heldout"), program.run.batch
     chosen = np.arange(size) if rows is None else np.unique(np.linspace(0, size - 1, rows).astype(int))
     chosen = np.append(chosen, np.full(-len(chosen) % batch, size))  # rows past the end have weight 0
-    total, running = np.zeros(2), ()
+    told = getattr(program.run.loss, "told", ())
+    total, running = np.zeros(2 + len(told)), ()
+    model, reference = program.whole(state), program.reference(state)
     for wanted in chosen.reshape(-1, batch):
         arrays = place(dataset, "heldout", wanted, accumulate=program.accumulate, sharding=program.batch_sharding())
         # One at a time: the collectives of two programs side by side may meet in another order on another process,
         # and then both wait for ever.
-        total += np.asarray(jax.device_get(running) or (0, 0), np.float64)
-        running = program.evaluate(state.model, arrays)
+        total += np.asarray(jax.device_get(running) or np.zeros_like(total), np.float64)
+        running = program.evaluate(model, arrays, *reference)
         ledger.heartbeat(step, "evaluate")
         if stop():
             jax.block_until_ready(running)
             ledger.spent.mark("evaluate")
             return None
-    nats, weight = (total + np.asarray(jax.device_get(running), np.float64)).tolist()
-    facts = dict(eval_loss=nats / weight)
+    nats, weight, *others = (total + np.asarray(jax.device_get(running), np.float64)).tolist()
+    facts = dict(eval_loss=nats / weight) | {f"eval_{n}": x / weight for n, x in zip(told, others, strict=True)}
     if dataset.heldout_bytes:
         facts["bits_per_byte"] = nats / weight / math.log(2) * dataset.heldout_tokens / dataset.heldout_bytes
     ledger.spent.mark("evaluate")
     ledger.metrics(step=step, **facts, eval_targets=weight)
     ledger.account(now=True)
     bits = f"  {facts['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in facts else ""
-    ledger.display.say(f"step {step}: held-out loss {facts['eval_loss']:.4f}{bits}  ({weight:,.0f} targets)")
+    bits += "".join(f"  {name.replace('_', ' ')} {facts[f'eval_{name}']:.3f}" for name in told)
+    what = "pairs" if told else "targets"
+    ledger.display.say(f"step {step}: held-out loss {facts['eval_loss']:.4f}{bits}  ({weight:,.0f} {what})")
     return facts
 
 
 def ask(
-    state: State, ledger: Ledger, step: int, tasks: Tasks, stop: Callable[[], bool] = lambda: False
+    model: nnx.Module, ledger: Ledger, step: int, tasks: Tasks, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
-    """Scores of the run's tasks, under the names that the records have; None if it was asked to stop."""
+    """The model's scores in the run's tasks, under the names that the records have; None if it was asked to stop."""
 
     def stopped() -> bool:
         ledger.heartbeat(step, "evaluate")
         return stop()
 
     ledger.spent.mark("steps")
-    found = tasks(state.model, stopped)
+    found = tasks(model, stopped)
     ledger.spent.mark("evaluate")
     if found is None:
         return None
@@ -352,12 +357,15 @@ def save(
     ledger.heartbeat(step, "save")
     run = program.run
     facts = dict(
-        step=step, tokens=step * run.batch * run.sequence, data=dataset.fingerprint, config=fingerprint(run),
+        step=step, tokens=step * run.tokens, data=dataset.fingerprint, config=fingerprint(run),
         run=decisive(run), how=free(run), mesh=dict(program.mesh.shape), layout=run.layout.name,
         processes=jax.process_count(), versions=versions(), watched=state.watch is not None,
         **{name: evaluated[name] for name in ("eval_loss",) if name in evaluated},
     )  # fmt: skip
-    for attempt in (ledger.checkpoints.wait, lambda: ledger.checkpoints.save(step, state, facts)):
+    if state.frozen is not None:  # it can be had again: what is saved is who it was
+        facts |= {BASE: dict(path=run.weights, digest=digest.one(state.frozen))}
+    learnt = dataclasses.replace(state, frozen=None)
+    for attempt in (ledger.checkpoints.wait, lambda: ledger.checkpoints.save(step, learnt, facts)):
         try:
             attempt()
         except Refused as refusal:

@@ -22,7 +22,7 @@ from llmjax.mesh import Axes, Chip
 from llmjax.models import nn, quantized
 from llmjax.optim import parameters
 from llmjax.run import Run
-from llmjax.train import diloco, flags, kernels
+from llmjax.train import adapters, diloco, flags, kernels
 from llmjax.train import step as steps
 
 LARGE, PIECE = 2**30, 4096  # bytes of a device's float32 logits that are taken in pieces, of so many tokens
@@ -42,7 +42,7 @@ class Program:
     init: Callable[[jax.Array], steps.State]
     begin: Callable[[nnx.Module], steps.State]
     step: Callable[[steps.State, Any], tuple[steps.State, dict[str, jax.Array]]]
-    evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+    evaluate: Callable[..., tuple[jax.Array, ...]]
     pass_over: Callable[[steps.State], steps.State]
     try_again: Callable[[steps.State], steps.State]
     flops_per_token: float | None = None  # causal attention; None where the model does not say
@@ -60,6 +60,27 @@ class Program:
         """The model that a step of this state takes its gradient at."""
         point = getattr(self.run.optimizer, "point", None)
         return point(state.model, state.opt) if point else state.model
+
+    def whole(self, state: steps.State) -> nnx.Module:
+        """The model that evaluation and generation use: with adapters, where there are any. It shares all arrays."""
+        return adapters.attached(state.frozen, state.model, self.run.lora) if self.run.lora.rank else state.model
+
+    def size(self, state: steps.State) -> int:
+        """Parameters of the model, without adapters."""
+        return sum(x.size for x in jax.tree.leaves(state.frozen if self.run.lora.rank else state.model))
+
+    def reference(self, state: steps.State) -> tuple[nnx.Module, ...]:
+        """What the loss takes besides model and batch: the frozen weights, where it compares with them."""
+        return (state.frozen,) if hasattr(self.run.loss, "reference") else ()
+
+    def loss(self, state: steps.State) -> steps.Loss:
+        """The run's loss as a function of what is trained and the batch."""
+        return steps.bound(self.run.loss, _whole(self.run), state.frozen)
+
+    def abstract_model(self) -> nnx.Module:
+        """Shapes and shardings of the model as it is stored, without adapters; no array is made."""
+        with self.context():
+            return jax.eval_shape(weights(self.run), jax.eval_shape(lambda: jax.random.key(0)))
 
     def batch_sharding(self) -> NamedSharding:
         """Where a batch with leading dims [A, B] lives."""
@@ -81,8 +102,9 @@ class Program:
         return dataclasses.replace(state, opt=jax.tree.map(on_host, state.opt))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of the batch of a language model, each [A, B/A, T]."""
-        shape = (self.accumulate, self.run.batch // self.accumulate, self.run.sequence)
+        """Shapes and shardings of the batch of a language model: [A, B/A, T], of several sequences [A, B/A, n, T]."""
+        count = getattr(self.run.loss, "sequences", 1)
+        shape = (self.accumulate, self.run.batch // self.accumulate, *(count,) * (count > 1), self.run.sequence)
         types = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32)
         return {k: jax.ShapeDtypeStruct(shape, v, sharding=self.batch_sharding()) for k, v in types.items()}
 
@@ -127,22 +149,27 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         apart=chip.platform == "tpu",
     )
     tx = transformation(run)
-    state_of = steps.init
+    state_of = functools.partial(steps.init, part=parted(run))
     step = functools.partial(
-        steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas, point=getattr(run.optimizer, "point", None)
-    )
+        steps.train_step, loss=run.loss, tx=tx, sigmas=run.guard.sigmas, point=getattr(run.optimizer, "point", None),
+        whole=_whole(run),
+    )  # fmt: skip
     if run.local.every:
         state_of = diloco.init
         step = functools.partial(diloco.train_step, loss=run.loss, tx=tx, how=run.local, last=run.steps)
     compiler_options = flags.known(flags.options(chip), mesh) if isinstance(mesh, Mesh) else {}
     flops = run.model.flops_per_token(run.sequence)[0] if hasattr(run.model, "flops_per_token") else None
-    return Program(
+    if flops and run.lora.rank:
+        flops *= 2 / 3  # no gradient of a weight; the adapters' own products are left out
+    made = Program(
         run=run,
         mesh=mesh,
         compute=compute,
         accumulate=accumulate,
         init=jax.jit(functools.partial(state_of, weights(run), tx), compiler_options=ONCE if on_cpu else None),
-        begin=jax.jit(lambda model: state_of(lambda _: stored(run, model), tx, jax.random.key(0)), donate_argnums=0),
+        begin=jax.jit(
+            lambda model: state_of(lambda _: stored(run, model), tx, jax.random.key(run.seed)), donate_argnums=0
+        ),
         step=jax.jit(step, donate_argnums=0, compiler_options=compiler_options or None),
         evaluate=jax.jit(functools.partial(steps.eval_step, loss=getattr(run.loss, "held_out", run.loss))),
         pass_over=jax.jit(steps.passed_over, donate_argnums=0),
@@ -151,6 +178,9 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         peak=chip.flops and flops and chip.flops * mesh.size,
         lacking=lacking,
     )
+    if run.lora.on:
+        made.abstract_state()  # refuses names that no weight has
+    return made
 
 
 def _on_gpus(mesh: Mesh | AbstractMesh) -> bool:
@@ -182,6 +212,19 @@ def weights(run: Run) -> Callable[[jax.Array], nnx.Module]:
 def stored(run: Run, model: nnx.Module) -> nnx.Module:
     """The model with its parameters in the precision that they are kept in between steps."""
     return parameters.stored(model) if run.parameters == "bfloat16" else model
+
+
+def parted(run: Run) -> steps.Part:
+    """What makes (what is trained, what is frozen) of the model that training begins with, and a key."""
+    if run.lora.rank:
+        return lambda model, key: (adapters.fresh(model, run.lora, jax.random.fold_in(key, 1)), model)
+    if hasattr(run.loss, "reference"):
+        return lambda model, key: (model, jax.tree.map(jnp.copy, model))
+    return lambda model, key: (model, None)
+
+
+def _whole(run: Run) -> steps.Whole | None:
+    return (lambda pairs, model: adapters.attached(model, pairs, run.lora)) if run.lora.rank else None
 
 
 def transformation(run: Run) -> optax.GradientTransformation:
@@ -238,7 +281,7 @@ def chunk(run: Run, axes: Axes, accumulate: int, chip: Chip) -> int:
 
     Shorter pieces than PIECE cost time: for each, the gradient of the whole head is read and written.
     """
-    if run.loss_chunk or chip.platform == "cpu" or not hasattr(run.model, "sizes"):
+    if run.loss_chunk or chip.platform == "cpu" or not hasattr(run.model, "sizes") or hasattr(run.loss, "reference"):
         return run.loss_chunk
     inner, rows = run.layout.inner, run.batch // ways(run.layout.inner.get("B"), axes) // accumulate
     if axes.stage > 1 and run.pipeline.schedule == "1f1b":

@@ -11,16 +11,17 @@ from llmjax import changes
 from llmjax.checkpoint.checkpoints import Checkpoints, like
 from llmjax.errors import DATA, Refused
 from llmjax.interop import folder as interop
-from llmjax.run import Run, differences, fingerprint, to_json
+from llmjax.run import LoRA, Run, differences, fingerprint, from_json, to_json
 from llmjax.run import read as read_run
+from llmjax.train import adapters, digest
 from llmjax.train.ledger import Ledger
-from llmjax.train.loop import decisive, versions
-from llmjax.train.program import Program
+from llmjax.train.loop import BASE, decisive, versions
+from llmjax.train.program import Program, stored, weights
 from llmjax.train.records import read
 from llmjax.train.step import State, watch
 
 # Fields that came later than checkpoints that hold a run's fingerprint alone, with what was done before.
-LATER = dict(size=0, moments="float32", parameters="float32", weights="")
+LATER = dict(size=0, moments="float32", parameters="float32", weights="", lora=to_json(LoRA()))
 WEIGHTS = "weights_only"  # what the facts say of a checkpoint that training may begin with, and not go on from
 
 
@@ -78,22 +79,30 @@ def begun(program: Program, say: Callable[[str], None] = print) -> State:
     run = program.run
     if not run.weights:
         return program.init(jax.random.key(run.seed))
-    source = Path(run.weights)
+    model = weights_of(program, run.weights, say)
+    say(f"Beginning with the weights of {run.weights}.")
+    return program.begin(model)
+
+
+def weights_of(program: Program, weights: str, say: Callable[[str], None] = print) -> Any:
+    """The model in a run's newest checkpoint, or in a Hugging Face folder, on the program's mesh.
+
+    Raises:
+      Refused: there is none, or it is of another model.
+    """
+    source, run = Path(weights), program.run
     if not (source / "run.json").is_file():
         found = interop.read(source)
         _same_family(run, found.model)
-        model = found.load(like(program.abstract_state().model, program.mesh))
         for note in found.notes:
             say(note)
-    else:
-        _same_family(run, read_run(source / "run.json").model)
-        with Checkpoints(source / "checkpoints", say=say) as checkpoints:
-            step = checkpoints.newest_verified()
-            if step is None:
-                raise Refused(f"weights is {source}, which has no checkpoint yet: train it first.", DATA)
-            model = read_weights(program, checkpoints, step)
-    say(f"Beginning with the weights of {source}.")
-    return program.begin(model)
+        return found.load(like(program.abstract_model(), program.mesh))
+    _same_family(run, read_run(source / "run.json").model)
+    with Checkpoints(source / "checkpoints", say=say) as checkpoints:
+        step = checkpoints.newest_verified()
+        if step is None:
+            raise Refused(f"weights is {source}, which has no checkpoint yet: train it first.", DATA)
+        return read_weights(program, checkpoints, step)
 
 
 def _same_family(run: Run, other: Any) -> None:
@@ -106,9 +115,56 @@ def _same_family(run: Run, other: Any) -> None:
 
 
 def read_weights(program: Program, checkpoints: Checkpoints, step: int) -> Any:
-    """The model of a checkpoint on the program's mesh, and nothing else of it."""
-    weights = like(program.abstract_state().model, program.mesh)
-    return checkpoints.restore(step, State((), weights, ())).model
+    """The model of a checkpoint on the program's mesh, and nothing else of it; its adapters, if any, are merged.
+
+    Raises:
+      Refused: it holds another model, or the weights that its adapters are for are no longer what they were.
+    """
+    how = _adapters(checkpoints.facts(step))
+    if not how.rank:
+        wanted = like(program.abstract_model(), program.mesh)
+        return checkpoints.restore(step, State((), wanted, ())).model
+    base = _base(program, checkpoints, step)
+    with program.context():
+        wanted = jax.eval_shape(lambda model: adapters.fresh(model, how, jax.random.key(0)), base)
+        pairs = checkpoints.restore(step, State((), like(wanted, program.mesh), ())).model
+        return jax.jit(lambda model, pairs: adapters.merged(model, pairs, how), donate_argnums=0)(base, pairs)
+
+
+def _adapters(facts: dict[str, Any]) -> LoRA:
+    """The adapters of the run that wrote a checkpoint with these facts."""
+    return from_json(facts.get("run", {}).get("lora", to_json(LoRA())))
+
+
+def _base(program: Program, checkpoints: Checkpoints, step: int) -> Any:
+    """The frozen weights that a checkpoint was trained beside."""
+    facts = checkpoints.facts(step)
+    written = facts["run"]
+    run = dataclasses.replace(
+        program.run, weights=written["weights"], parameters=written["parameters"], seed=written["seed"]
+    )
+    if run.weights:
+        model = jax.jit(lambda model: stored(run, model))(weights_of(program, run.weights))
+    else:
+        model = jax.jit(weights(run))(jax.random.key(run.seed))
+    return _unchanged(model, facts, checkpoints, step)
+
+
+def _unchanged(model: Any, facts: dict[str, Any], checkpoints: Checkpoints, step: int) -> Any:
+    """The frozen weights of a checkpoint with these facts, if they are what they were.
+
+    Raises:
+      Refused: they are others.
+    """
+    known = facts[BASE]
+    if digest.one(model) != known["digest"]:
+        where = known["path"] or "the seed"
+        raise Refused(
+            f"the weights of {where} are not those that checkpoint {step} of {checkpoints.folder.parent} was trained "
+            f"beside: bring them back as they were, or start afresh with another --name.",
+            DATA,
+        )
+    return model
 
 
 def read_state(program: Program, checkpoints: Checkpoints, step: int) -> State:
@@ -118,7 +174,11 @@ def read_state(program: Program, checkpoints: Checkpoints, step: int) -> State:
         return program.begin(read_weights(program, checkpoints, step))
     if not facts.get("watched"):
         wanted = dataclasses.replace(wanted, watch=None)
-    state = checkpoints.restore(step, like(wanted, program.mesh))
+    frozen = None
+    if wanted.frozen is not None:
+        frozen = _unchanged(begun(program, lambda _: None).frozen, facts, checkpoints, step)
+        wanted = dataclasses.replace(wanted, frozen=None)
+    state = dataclasses.replace(checkpoints.restore(step, like(wanted, program.mesh)), frozen=frozen)
     if state.watch is None and not program.run.local.every:
         state = dataclasses.replace(state, watch=jax.jit(watch)())
     return state

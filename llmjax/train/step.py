@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from llmjax.optim.parameters import moved
 from llmjax.train import pipeline
 from llmjax.train.loss import Batch, Sums
 
-Loss = Callable[[nnx.Module, Batch], tuple[jax.Array, Sums]]
+Loss = Callable[..., tuple[jax.Array, Sums]]  # of (model, batch) or, where it has a `reference`, of that as well
 Point = Callable[[nnx.Module, optax.OptState], nnx.Module]
+Part = Callable[[nnx.Module, jax.Array], tuple[Any, Any]]
+Whole = Callable[[Any, Any], nnx.Module]
 
 RECENT = 128  # good steps that a spike is measured against
 ENOUGH = 64  # with fewer of them nothing is a spike
@@ -33,18 +36,28 @@ class Watch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Everything that training changes."""
+    """Everything that training changes, and what it needs besides."""
 
     step: jax.Array
-    model: nnx.Module
+    model: Any  # an nnx.Module or, with adapters, these alone (see `train.adapters`)
     opt: optax.OptState
     watch: Watch | None = None  # without it a bad step changes nothing and the next one goes on
+    frozen: nnx.Module | None = None  # what adapters stand beside, or a loss's reference; never changed nor saved
 
 
-def init(build: Callable[[jax.Array], nnx.Module], tx: optax.GradientTransformation, key: jax.Array) -> State:
-    """The state before step 0. Traced under jit, every array is born where the layout wants it."""
-    model = build(key)
-    return State(jnp.int32(0), model, tx.init(model), watch())
+def init(
+    build: Callable[[jax.Array], nnx.Module],
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    part: Part = lambda model, key: (model, None),
+) -> State:
+    """The state before step 0. Traced under jit, every array is born where the layout wants it.
+
+    `part` makes (what is trained, what is frozen) of the model.
+    """
+    model, frozen = part(build(key), key)
+    return State(jnp.int32(0), model, tx.init(model), watch(), frozen)
 
 
 def watch() -> Watch:
@@ -62,7 +75,7 @@ def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True)
     """
     with_gradient = pipeline.value_and_grad(loss) if pipeline.by_hand() else jax.value_and_grad(loss, has_aux=True)
     places = jax.tree.map(lambda weight: jax.typeof(weight).sharding, model)
-    if len(jax.tree.leaves(batch)[0]) > 1 and hasattr(model, "blocks"):  # an nn.Decoder
+    if len(jax.tree.leaves(batch)[0]) > 1 and (hasattr(model, "blocks") or isinstance(model, dict)):  # an nn.Decoder
         model = nn.open_sums(model)  # devices exchange gradients once for all microbatches
 
     def microbatch(total, batch):
@@ -93,6 +106,7 @@ def train_step(
     mean: bool = True,
     sigmas: float = 0.0,
     point: Point | None = None,
+    whole: Whole | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimizer step; metrics are `loss`, `grad_norm` (before clipping), the loss's sums, and `good`.
 
@@ -100,9 +114,10 @@ def train_step(
     watch, the steps after it change nothing either until `passed_over`, so whoever reads the metrics later still has
     the state that the bad step began with. A loss with a method `rebalance` changes by it what no gradient moves, given
     the sums of the whole step. Loss and gradient are those at `point`, where `optim.schedules.Optimizer` has one.
+    `whole` makes a model of adapters and what is frozen.
     """
     at = point(state.model, state.opt) if point else state.model
-    total, sums, grads = gradients(at, batch, loss, mean=mean)
+    total, sums, grads = gradients(at, batch, bound(loss, whole, state.frozen), mean=mean)
     norm = optax.tree.norm(grads)
     seen, good = _judged(state.watch, jnp.stack([total, norm]), sigmas)
 
@@ -115,7 +130,15 @@ def train_step(
     # Not jnp.where of every array: on CPUs that takes 4 % of a step's time, and memory.
     model, opt = jax.lax.cond(good, taken, lambda model, opt: (model, opt), state.model, state.opt)
     step = state.step + (1 if seen is None else good)
-    return State(step, model, opt, seen), dict(loss=total, grad_norm=norm, good=good, **sums)
+    return State(step, model, opt, seen, state.frozen), dict(loss=total, grad_norm=norm, good=good, **sums)
+
+
+def bound(loss: Loss, whole: Whole | None, frozen: nnx.Module | None) -> Loss:
+    """The loss as a function of what is trained and the batch alone."""
+    if frozen is None:
+        return loss
+    besides = (frozen,) if hasattr(loss, "reference") else ()
+    return lambda trained, batch: loss(whole(trained, frozen) if whole else trained, batch, *besides)
 
 
 def _judged(watch: Watch | None, found: jax.Array, sigmas: float) -> tuple[Watch | None, jax.Array]:
@@ -152,11 +175,17 @@ def ready(state: State) -> State:
     return dataclasses.replace(state, watch=watch)
 
 
-def eval_step(model: nnx.Module, batch: Batch, *, loss: Loss) -> tuple[jax.Array, jax.Array]:
-    """(sum of the loss, sum of the weights) over a batch whose arrays lead with [A, B]."""
+def eval_step(
+    model: nnx.Module, batch: Batch, reference: nnx.Module | None = None, *, loss: Loss
+) -> tuple[jax.Array, ...]:
+    """(sum of the loss, of the weights, of all that the loss has `told`) over a batch whose arrays lead with [A, B]."""
+    besides = () if reference is None else (reference,)
+
+    def call(model, batch):
+        return loss(model, batch, *besides)
 
     def microbatch(total, batch):
-        return jax.tree.map(jnp.add, total, loss(model, batch)), None
+        return jax.tree.map(jnp.add, total, call(model, batch)), None
 
-    total, sums = jax.lax.scan(microbatch, _zeros(loss, model, batch), batch)[0]
-    return total, sums["weight"]
+    total, sums = jax.lax.scan(microbatch, _zeros(call, model, batch), batch)[0]
+    return total, *(sums[name] for name in ("weight", *getattr(loss, "told", ())))
