@@ -152,11 +152,11 @@ def ready(state: State) -> State:
     return dataclasses.replace(state, watch=watch)
 
 
-def eval_step(model: nnx.Module, batch: Batch, *, loss: Loss) -> tuple[jax.Array, jax.Array]:
-    """(sum of the loss, sum of the weights) over a batch whose arrays lead with [A, B]."""
+def eval_step(model: nnx.Module, batch: Batch, *, loss: Loss) -> tuple[jax.Array, Sums]:
+    """(sum of the loss, its sums that are one number each) over a batch whose arrays lead with [A, B]."""
 
     def microbatch(total, batch):
         return jax.tree.map(jnp.add, total, loss(model, batch)), None
 
     total, sums = jax.lax.scan(microbatch, _zeros(loss, model, batch), batch)[0]
-    return total, sums["weight"]
+    return total, {name: x for name, x in sums.items() if not x.ndim}
