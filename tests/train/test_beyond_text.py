@@ -49,7 +49,7 @@ def trained(name: str, mesh: Cluster, runs: Path, **fields) -> tuple[list[dict],
     ("name", "fields", "before", "bar", "targets"),
     [
         ("digits", dict(steps=60, eval_every=5, eval_rows=60), 0.6, 0.9, 360),
-        ("prose_or_code", dict(steps=60, eval_every=5, eval_rows=64), 0.75, 0.85, 1000),
+        ("prose_or_code", dict(steps=60, eval_every=2, eval_rows=160), 0.75, 0.85, 1000),
         ("tutorial_mlp", dict(eval_every=10), 0.7, 0.75, 256),
     ],
 )
