@@ -81,7 +81,8 @@ def losses(run: Run, rates: Sequence[float], dataset: Dataset) -> list[float]:
                 rows = batches.order(at, batch=run.batch, size=dataset.size("train"), seed=run.seed)
                 model, opt = step(model, opt, batch("train", rows), jnp.float32(lr))
             rows = np.arange(HELD_OUT).reshape(-1, run.batch)
-            total, weight = np.sum([program.evaluate(model, batch("heldout", each)) for each in rows], 0)
+            evaluated = [program.evaluate(model, batch("heldout", each)) for each in rows]
+            total, weight = np.sum([(nats, sums["weight"]) for nats, sums in evaluated], 0)
             found.append(float(total / weight) if math.isfinite(total) else math.inf)
     return found
 

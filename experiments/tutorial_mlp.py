@@ -7,7 +7,8 @@ Any nnx.Module with a loss function trains on the same loop, data-parallel on an
 
 Adam has Keras's averages (b1 0.9, b2 0.999, where AdamW's default for language models is 0.95), no weight decay and a
 constant rate. Both end with the same weights to float32 rounding, at a held-out loss of 0.48 nats (0.75 before the
-first step).
+first step). What the loss sums up besides `weight` is shown per example in evaluations: here the share of examples for
+which p is on the side of y, 0.80.
 """
 
 import dataclasses
@@ -50,10 +51,12 @@ class Network(nnx.Module):
 
 
 def binary_cross_entropy(model: Network, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """-y log p - (1 - y) log(1 - p), summed over examples, and how many there are."""
+    """-y log p - (1 - y) log(1 - p), summed over examples; how many there are, and for how many p is on y's side."""
     chance_B = jnp.clip(model(batch["x"]), 1e-7, 1 - 1e-7)
     nats_B = -batch["y"] * jnp.log(chance_B) - (1 - batch["y"]) * jnp.log(1 - chance_B)
-    return jnp.sum(nats_B * batch["weights"]), {"weight": jnp.sum(batch["weights"])}
+    right_B = (chance_B > 0.5) == (batch["y"] > 0.5)
+    sums = dict(weight=jnp.sum(batch["weights"]), accuracy=jnp.sum(right_B * batch["weights"]))
+    return jnp.sum(nats_B * batch["weights"]), sums
 
 
 @dataclasses.dataclass(frozen=True)

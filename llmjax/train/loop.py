@@ -273,38 +273,39 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Held-out loss in nats per target, and bits per byte where the data is text; None if it was asked to stop.
 
-    Over all rows, or over `rows` of them, spread evenly.
+    Over all rows, or over `rows` of them, spread evenly. What else the loss sums up is there as eval_NAME, per target.
     """
     ledger.spent.mark("steps")
     ledger.heartbeat(step, "evaluate")
     size, batch = dataset.size("heldout"), program.run.batch
     chosen = np.arange(size) if rows is None else np.unique(np.linspace(0, size - 1, rows).astype(int))
     chosen = np.append(chosen, np.full(-len(chosen) % batch, size))  # rows past the end have weight 0
-    told = getattr(program.run.loss, "told", ())
-    total, running = np.zeros(2 + len(told)), ()
+    total, running = {}, ()
     model, reference = program.whole(state), program.reference(state)
     for wanted in chosen.reshape(-1, batch):
         arrays = place(dataset, "heldout", wanted, accumulate=program.accumulate, sharding=program.batch_sharding())
         # One at a time: the collectives of two programs side by side may meet in another order on another process,
         # and then both wait for ever.
-        total += np.asarray(jax.device_get(running) or np.zeros_like(total), np.float64)
+        total = added(total, running)
         running = program.evaluate(model, arrays, *reference)
         ledger.heartbeat(step, "evaluate")
         if stop():
             jax.block_until_ready(running)
             ledger.spent.mark("evaluate")
             return None
-    nats, weight, *others = (total + np.asarray(jax.device_get(running), np.float64)).tolist()
-    facts = dict(eval_loss=nats / weight) | {f"eval_{n}": x / weight for n, x in zip(told, others, strict=True)}
+    total = added(total, running)
+    nats, weight = total.pop("nats"), total.pop("weight")
+    counted = {name: x / weight for name, x in total.items()}
+    facts = {f"eval_{name}": x for name, x in counted.items()} | dict(eval_loss=nats / weight)
     if dataset.heldout_bytes:
         facts["bits_per_byte"] = nats / weight / math.log(2) * dataset.heldout_tokens / dataset.heldout_bytes
     ledger.spent.mark("evaluate")
     ledger.metrics(step=step, **facts, eval_targets=weight)
     ledger.account(now=True)
     bits = f"  {facts['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in facts else ""
-    bits += "".join(f"  {name.replace('_', ' ')} {facts[f'eval_{name}']:.3f}" for name in told)
-    what = "pairs" if told else "targets"
-    ledger.display.say(f"step {step}: held-out loss {facts['eval_loss']:.4f}{bits}  ({weight:,.0f} {what})")
+    others = "".join(f"  {name.replace('_', ' ')} {x:.4g}" for name, x in counted.items())
+    of = f"{weight:,.0f} {getattr(program.run.loss, 'weighs', 'targets')}"
+    ledger.display.say(f"step {step}: held-out loss {facts['eval_loss']:.4f}{bits}{others}  ({of})")
     return facts
 
 
@@ -328,6 +329,14 @@ def ask(
     more = f" and {len(shown) - SHOWN} more in metrics.jsonl" if len(shown) > SHOWN else ""
     ledger.display.say(f"step {step}: {', '.join(shown[:SHOWN])}{more}")
     return found
+
+
+def added(total: dict[str, float], running: tuple[Any, ...]) -> dict[str, float]:
+    """The total with what an `eval_step` found, the sum of its loss as `nats`; `running` is () before the first."""
+    if not running:
+        return total
+    nats, sums = jax.device_get(running)
+    return {name: total.get(name, 0.0) + float(x) for name, x in (sums | dict(nats=nats)).items()}
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Losses. A loss maps (model, batch) to its sum over targets and a dict of sums, `weight` (of the targets) among them.
 
 Sums, not means: they add over microbatches, devices and masks, so that the mean over all targets is the same number
-however the batch is cut.
+however the batch is cut. Evaluations show every other sum that is one number, such as `accuracy`, per target.
 """
 
 import dataclasses
@@ -54,9 +54,25 @@ def of_model(of: Callable, model: nnx.Module, batch: Batch) -> tuple[jax.Array, 
     return pieces.of_stream(of, model, x_BTD, batch)
 
 
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """Cross-entropy of one class per example in nats, in float32, and `accuracy`: of how many it is the likeliest.
+
+    The batch holds `x` (whatever the model takes), `y` (the class, int32 [B]) and `weights` (float32 [B]; 0 leaves an
+    example out). `model(x)` gives a logit per class.
+    """
+
+    def __call__(self, model: nnx.Module, batch: Batch) -> tuple[jax.Array, Sums]:
+        logits, y_B, weights_B = model(batch["x"]).astype(jnp.float32), batch["y"], batch["weights"]
+        nats_B, _ = cross_entropy(logits, y_B)
+        right_B = jnp.argmax(logits, -1) == y_B
+        sums = dict(weight=jnp.sum(weights_B), accuracy=jnp.sum(right_B * weights_B))
+        return jnp.sum(nats_B * weights_B), sums
+
+
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(nats, log Z) per target. Logits may be cut over V: targets are found by comparison, not by indexing."""
-    place = jax.typeof(logits_BTV).sharding
-    hit_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2, out_sharding=place) == targets_BT[..., None]
+    place, last = jax.typeof(logits_BTV).sharding, logits_BTV.ndim - 1
+    hit_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, last, out_sharding=place) == targets_BT[..., None]
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     return log_z_BT - jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), axis=-1), log_z_BT

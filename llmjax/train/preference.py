@@ -35,7 +35,7 @@ class DPO:
 
     reference: ClassVar[bool] = True  # it takes the frozen weights as well
     sequences: ClassVar[int] = 2  # of an example
-    told: ClassVar[tuple[str, ...]] = ("reward_margin", "reward_accuracy")  # sums that evaluation reports too
+    weighs: ClassVar[str] = "pairs"  # what evaluation calls its `weight`
 
     def __post_init__(self):
         if not 0 < self.beta < math.inf:

@@ -42,7 +42,7 @@ class Program:
     init: Callable[[jax.Array], steps.State]
     begin: Callable[[nnx.Module], steps.State]
     step: Callable[[steps.State, Any], tuple[steps.State, dict[str, jax.Array]]]
-    evaluate: Callable[..., tuple[jax.Array, ...]]
+    evaluate: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     pass_over: Callable[[steps.State], steps.State]
     try_again: Callable[[steps.State], steps.State]
     flops_per_token: float | None = None  # causal attention; None where the model does not say

@@ -177,8 +177,8 @@ def ready(state: State) -> State:
 
 def eval_step(
     model: nnx.Module, batch: Batch, reference: nnx.Module | None = None, *, loss: Loss
-) -> tuple[jax.Array, ...]:
-    """(sum of the loss, of the weights, of all that the loss has `told`) over a batch whose arrays lead with [A, B]."""
+) -> tuple[jax.Array, Sums]:
+    """(sum of the loss, its sums that are one number each) over a batch whose arrays lead with [A, B]."""
     besides = () if reference is None else (reference,)
 
     def call(model, batch):
@@ -188,4 +188,4 @@ def eval_step(
         return jax.tree.map(jnp.add, total, call(model, batch)), None
 
     total, sums = jax.lax.scan(microbatch, _zeros(call, model, batch), batch)[0]
-    return total, *(sums[name] for name in ("weight", *getattr(loss, "told", ())))
+    return total, {name: x for name, x in sums.items() if not x.ndim}

@@ -43,7 +43,8 @@ def test_sums_of_rows_are_what_training_evaluates(dataset, layout, devices):
         for rows in np.append(np.arange(size), np.full(-size % batch, size)).reshape(-1, batch):
             sharding = judge.program.batch_sharding()
             arrays = place(dataset, "heldout", rows, accumulate=judge.program.accumulate, sharding=sharding)
-            total += np.asarray(jax.device_get(judge.program.evaluate(judge.model, arrays)))
+            nats, sums = jax.device_get(judge.program.evaluate(judge.model, arrays))
+            total += np.array([nats, sums["weight"]])
     assert measured.nats_N.sum() == pytest.approx(total[0], rel=1e-6)
     assert measured.weight_N.sum() == total[1] == dataset.heldout_tokens
     assert len(measured.nats_N) == len(measured.cluster_N) == size

@@ -69,7 +69,9 @@ def test_a_train_step_takes_its_gradient_between_the_average_and_what_moves():
         for _ in range(3):
             model, at = jax.tree.map(jnp.copy, (state.model, RUN.optimizer.point(state.model, state.opt)))
             state, metrics = program.step(state, batch)
-        of_x, of_y = (total / weight for total, weight in (program.evaluate(where, batch) for where in (model, at)))
+        of_x, of_y = (
+            total / sums["weight"] for total, sums in (program.evaluate(where, batch) for where in (model, at))
+        )
     assert float(metrics["loss"]) == pytest.approx(float(of_y), rel=1e-5)
     assert abs(float(of_x) - float(of_y)) > 1e-3
 
