@@ -344,12 +344,13 @@ def header(program: Program, state: State, dataset, start: int, display: Display
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     tokens = run.steps * run.tokens
     train = dataset.size("train")
-    shape = f" ({model.layers} layers, {model.width} wide, {model.heads} heads)" if hasattr(model, "layers") else ""
+    said = dict(layers="{} layers", width="{} wide", heads="{} heads")
+    shape = ", ".join(text.format(getattr(model, name)) for name, text in said.items() if hasattr(model, name))
     here = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     display.facts(
         f"llmjax train {run.name}",
         {
-            "model": f"{type(model).__name__}, {count(parameters)} parameters{shape}",
+            "model": f"{type(model).__name__}, {count(parameters)} parameters{f' ({shape})' if shape else ''}",
             "data": f"{train:,} rows of {run.sequence}, {dataset.size('heldout'):,} held out",
             "run": f"{run.steps:,} steps x {run.batch} rows = {count(tokens)} tokens "
             f"({run.steps * run.batch / train:.2f} epochs)",

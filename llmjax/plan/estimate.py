@@ -91,6 +91,11 @@ def sized(run: Run) -> None:
     """Refuses a run whose model does not tell its sizes."""
     if not hasattr(run.model, "matrices"):
         raise Refused(f"{run.name} is no language model: plan one of the others that `llmjax experiments` lists.")
+    if "H" not in run.model.sizes():
+        raise Refused(
+            f"{run.name} has a {type(run.model).__name__}, without heads of attention, which the planner counts with: plan "
+            f"one of the others that `llmjax experiments` lists."
+        )
 
 
 def plannable(run: Run) -> None:
