@@ -93,8 +93,8 @@ def sized(run: Run) -> None:
         raise Refused(f"{run.name} is no language model: plan one of the others that `llmjax experiments` lists.")
     if "H" not in run.model.sizes():
         raise Refused(
-            f"{run.name} has a {type(run.model).__name__}, without heads of attention, which the planner counts with: plan "
-            f"one of the others that `llmjax experiments` lists."
+            f"{run.name} has a {type(run.model).__name__}, without heads of attention, which the planner counts with: "
+            f"plan one of the others that `llmjax experiments` lists."
         )
 
 
