@@ -105,10 +105,11 @@ def understood(monkeypatch, tmp_path):
 
     for name, _, call in cli.OWN.values():
         monkeypatch.setattr(importlib.import_module(f"llmjax.commands.{name}"), call, note)
-    for command in ("train", "plan", "parity", "bench", "replay", "supervise"):
+    for command in ("train", "plan", "parity", "bench", "replay", "supervise", "show", "draw"):
         monkeypatch.setattr(importlib.import_module(f"llmjax.commands.{command}"), command, note)
     for call in ("data", "stats", "show"):
         monkeypatch.setattr(importlib.import_module("llmjax.commands.data"), call, note)
+    monkeypatch.setattr(importlib.import_module("llmjax.commands.data_report"), "report", note)
     monkeypatch.setattr(importlib.import_module("llmjax.commands.imports"), "begin_from", lambda run, *_: run)
     monkeypatch.setattr("llmjax.launch.launch", note)
     monkeypatch.chdir(tmp_path)
