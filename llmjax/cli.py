@@ -49,6 +49,7 @@ HELP = """llmjax: train large language models in JAX, with the same numbers on a
   llmjax profile RUN                              where the time of traced steps went, operation by operation
   llmjax experiments                              list experiments
   llmjax meshes                                   list meshes
+  llmjax completion bash|zsh                      have the shell complete all this: eval "$(llmjax completion bash)"
 
 EXPERIMENT is a name that `llmjax experiments` lists, a Python file that defines `run`, or a run's run.json.
 Commands with options show them with --help.
@@ -56,7 +57,7 @@ Commands with options show them with --help.
 
 COMMANDS = ("train", "import", "export", "generate", "chat", "evaluate", "checkpoints", "goodput", "report", "watch",
             "replay", "launch", "supervise", "parity", "plan", "data", "bench", "show", "draw", "diff", "profile",
-            "experiments", "meshes")  # fmt: skip
+            "experiments", "meshes", "completion")  # fmt: skip
 # Commands with options of their own alone: module of llmjax.commands, options, what runs them. Imported when asked for.
 OWN = {
     "import": ("imports", "Import", "bring"),
@@ -161,6 +162,10 @@ def _dispatch(command: str, arguments: list[str]) -> int:
             return _launch(arguments)
         case "supervise":
             return _supervise(arguments)
+        case "completion":
+            from llmjax.commands.completion import completion
+
+            return completion(arguments, COMMANDS, _dispatch)
         case "experiments" | "meshes":
             return _list(command, arguments)
     raise Refused(f"{command} is not a command: {did_you_mean(command, COMMANDS)}`llmjax --help` lists them.")
