@@ -19,8 +19,8 @@ MEANING: Mapping[Kind, str] = {  # the gravest first
 }
 # Of what may change between two starts, what touches no number at all.
 RECORDS = frozenset({"eval_every", "eval_rows", "eval", "trackers", "save_every", "save_minutes", "keep", "keep_every",
-                     "keep_best", "prompts", "accept_data", "runs", "name", "fallback_mesh", "guard.replicas",
-                     "guard.repeat", "profile"})  # fmt: skip
+                     "keep_best", "prompts", "sample_every", "accept_data", "runs", "name", "fallback_mesh",
+                     "guard.replicas", "guard.repeat", "profile"})  # fmt: skip
 NAMED = ("layout", "mesh", "fallback_mesh")  # values that have a name, by which they are shown
 
 

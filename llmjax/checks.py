@@ -35,6 +35,8 @@ def check(run: Run, axes: Axes, accumulate: int) -> None:
         )
     if "" in run.prompts:
         raise Refused("prompts holds an empty text: give each prompt some text, or none with --prompts alone.")
+    if not run.sample_every >= 0:
+        raise Refused(f"sample_every is {run.sample_every}: give the steps between two times, or 0 for the end alone.")
     _check_batch(run, axes, accumulate)
     if not run.local.every >= 0:
         raise Refused(f"local.every is {run.local.every}: give the steps between two exchanges, or 0 for none.")

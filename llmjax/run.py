@@ -205,6 +205,8 @@ class Run:
     "Go on although the data is another than the checkpoint was trained on; the events say so."
     prompts: tuple[str, ...] = ()
     "Texts to complete when training ends."
+    sample_every: int = 0
+    "Steps from one time that they are completed on the way to the next; 0: only at the end."
     trackers: tuple[Tracker, ...] = (TensorBoard(),)
     "Where numbers go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, with fields as in wandb:project=mine."
     name: str = ""
@@ -229,8 +231,8 @@ class Run:
 # What may change between two starts of one run: where and how it is computed and recorded, never what is computed.
 FREE = frozenset({"mesh", "fallback_mesh", "axes", "layout", "pipeline", "accumulate", "attention", "remat",
                   "offload_optimizer", "unroll", "loss_chunk", "guard", "eval_every", "eval_rows", "eval", "save_every",
-                  "save_minutes", "keep", "keep_every", "keep_best", "prompts", "trackers", "accept_data",
-                  "runs", "profile"})  # fmt: skip
+                  "save_minutes", "keep", "keep_every", "keep_best", "prompts", "sample_every", "trackers",
+                  "accept_data", "runs", "profile"})  # fmt: skip
 
 
 def fingerprint(run: Run, unless: Mapping[str, Any] = types.MappingProxyType({})) -> str:

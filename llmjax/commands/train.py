@@ -142,7 +142,8 @@ def to_the_end(
 ) -> int:
     """Trains from step `start`, saves, and, unless it was asked to stop, evaluates and sums up; the exit code."""
     run, spent, display = program.run, ledger.spent, ledger.display
-    state, done = steps(program, state, start, dataset, ledger, stop, tasks)
+    sample = functools.partial(samples, program, dataset, ledger)
+    state, done = steps(program, state, start, dataset, ledger, stop, tasks, sample)
     loop.save(program, state, done, dataset, ledger, last=True)
     ledger.checkpoints.wait()
     spent.mark("save")
@@ -153,7 +154,7 @@ def to_the_end(
         ledger.heartbeat(done, "stop")
         display.say(f"Stopped and saved after step {done:,} of {run.steps:,}: run the same command to continue.")
         return PREEMPTED
-    samples(program, state, dataset, ledger)
+    sample(state, done)
     ledger.heartbeat(done, "finish")
     spent.mark("evaluate")
     ledger.account(now=True)
@@ -185,13 +186,14 @@ def steps(
     ledger: Ledger,
     stop: Callable[[], bool],
     tasks: loop.Tasks | None = None,
+    sample: Callable[[State, int], None] = lambda state, step: None,
 ):
     """The loop, from checkpoint to checkpoint where bad steps make the run go back."""
     guard, rewinds = program.run.guard, Counter()
     while True:
         left_out = system.share(sorted(skipped(program.run, program.run.folder() if ledger.records else None)))
         try:
-            return loop.steps(program, state, start, dataset, ledger, stop, frozenset(left_out), tasks)
+            return loop.steps(program, state, start, dataset, ledger, stop, frozenset(left_out), tasks, sample)
         except loop.Rewind as bad:
             step = bad.step
         del state  # before another one takes its place
@@ -382,11 +384,13 @@ def local(run: Run, workers: int) -> str:
     return f"{workers} workers, {how.delta} changes{parts} every {how.every} steps, outer lr {how.lr:g}"
 
 
-def samples(program: Program, state: State, dataset, ledger: Ledger) -> None:
-    """Completes the run's prompts, shows them and keeps them in samples/."""
+def samples(program: Program, dataset, ledger: Ledger, state: State, step: int) -> None:
+    """Completes the run's prompts after a step, shows them and keeps them in samples/."""
     run, records = program.run, ledger.records
     if not run.prompts or dataset.tokenizer is None:
         return
+    ledger.spent.mark("steps")
+    ledger.heartbeat(step, "evaluate")
     tokenizer, positions = dataset.tokenizer, min(run.sequence, run.model.positions)
     how = Sampling(tokens=min(64, positions // 2), temperature=0.7, top_p=0.9)
     encode = getattr(dataset, "asked", lambda text: tokenizer.encode(text).ids)
@@ -398,11 +402,12 @@ def samples(program: Program, state: State, dataset, ledger: Ledger) -> None:
     for prompt, text in zip(run.prompts, texts, strict=True):
         ledger.display.sample(prompt, text)
     if records:
-        path = records.folder / "samples" / f"{run.steps}.json"
+        path = records.folder / "samples" / f"{step}.json"
         path.parent.mkdir(exist_ok=True)
         written = [dict(prompt=p, text=t) for p, t in zip(run.prompts, texts, strict=True)]
         path.write_text(json.dumps(redact.tree(written), indent=1))
-        records.text(run.steps, "samples", "\n\n".join(p + t for p, t in zip(run.prompts, texts, strict=True)))
+        records.text(step, "samples", "\n\n".join(p + t for p, t in zip(run.prompts, texts, strict=True)))
+    ledger.spent.mark("evaluate")
 
 
 def summary(program: Program, facts: dict[str, float], dataset, folder: Path, display: Display, seconds: float):

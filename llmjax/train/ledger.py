@@ -73,6 +73,10 @@ class Ledger:
             line["step"] == step and holds(line, kind) for line in read(self.records.folder / "metrics.jsonl")
         )
 
+    def sampled(self, step: int) -> bool:
+        """Whether the run's prompts, where this process keeps records, were completed after so many steps."""
+        return self.records is not None and (self.records.folder / "samples" / f"{step}.json").is_file()
+
     def account(self, *, now: bool = False) -> None:
         """Records what the time was spent on so far, if asked or some time after the last such line."""
         if now or self.spent.elapsed() - self.accounted > BETWEEN:

@@ -63,11 +63,12 @@ def steps(
     stop: Callable[[], bool],
     left_out: Set[int] = frozenset(),
     tasks: Tasks | None = None,
+    sample: Callable[[State, int], None] = lambda state, step: None,
 ) -> tuple[State, int]:
     """Trains from step `start`; returns the state and the number of steps done when the run ends or must stop.
 
     `stop` says, alike on every process, whether it was asked to; `left_out` are the steps, counted from 1, whose
-    batches are not used; `tasks` asks the run's tasks.
+    batches are not used; `tasks` asks the run's tasks, `sample` completes its prompts.
 
     Raises:
       Refused: a step was bad and the run's guard does not bear it.
@@ -94,6 +95,8 @@ def steps(
         missed = start and asks(run, start) and not processes.share(ledger.evaluated(start, TASK))
         if missed and ask(program.whole(state), ledger, start, tasks, stop=stop) is None:
             return state, start
+        if start and samples(run, start) and not processes.share(ledger.sampled(start)):
+            sample(state, start)
         for step, batch, waited_ms in batches:
             if tracer.begins(step + 1):
                 state = report.settle(state)
@@ -109,7 +112,8 @@ def steps(
                 state = report.settle(state)
                 tracer.stop()
             saves = due(done, run.save_every)
-            if saves or evaluates(run, done) or asks(run, done) or clock.looks(done) or done == run.steps:
+            meanwhile = evaluates(run, done) or asks(run, done) or samples(run, done)
+            if saves or meanwhile or clock.looks(done) or done == run.steps:
                 state = report.settle(state)
             if due(done, run.guard.replicas):  # before what is wrong could be saved
                 corruption.replicas(state.model if state.frozen is None else (state.model, state.frozen), program.mesh)
@@ -121,6 +125,8 @@ def steps(
                 save(program, state, done, dataset, ledger, evaluated or {})
             if asks(run, done):  # after the save, as it may take long
                 ask(program.whole(state), ledger, done, tasks, stop=stop)
+            if samples(run, done):
+                sample(state, done)
             if stop():
                 break
         state = report.settle(state)
@@ -148,6 +154,11 @@ def evaluates(run: Run, done: int) -> bool:
 def asks(run: Run, done: int) -> bool:
     """Whether the run asks its tasks after so many steps, on its way."""
     return bool(run.eval.tasks) and due(done, run.eval.tasks_every) and done < run.steps
+
+
+def samples(run: Run, done: int) -> bool:
+    """Whether the run completes its prompts after so many steps, on its way."""
+    return due(done, run.sample_every) and done < run.steps
 
 
 class Reporter:
