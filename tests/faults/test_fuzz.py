@@ -28,6 +28,10 @@ from llmjax.models.llama import Llama
 from llmjax.models.mixtral import Mixtral
 from llmjax.optim import adafactor, adamw, lion, schedules, sgd
 from llmjax.run import Run
+from llmjax.trackers.mlflow import MLflow
+from llmjax.trackers.tensorboard import TensorBoard
+from llmjax.trackers.wandb import WandB
+from llmjax.tracking import Tracker
 from llmjax.train.loss import NextToken
 from llmjax.train.program import make, resolve
 from llmjax.train.routed import RoutedNextToken
@@ -60,6 +64,8 @@ def values(kind) -> some.SearchStrategy | None:
         return some.sampled_from(["a", "", "../x", "runs", "-x", "a b", "\0", "x" * 300]) | some.text(max_size=8)
     if typing.get_origin(kind) is typing.Literal:
         return some.sampled_from(typing.get_args(kind))
+    if kind is Tracker:
+        return some.sampled_from([TensorBoard(), WandB(project="a b", mode="online"), MLflow(store="\0")])
     if typing.get_origin(kind) is tuple:
         return some.lists(values(typing.get_args(kind)[0]), max_size=3).map(tuple)
     if typing.get_origin(kind) in (UnionType, typing.Union) and NoneType in typing.get_args(kind):
