@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,18 +82,21 @@ def test_wandb_writes_offline_what_its_own_format_holds_under_the_id_of_the_run(
     from wandb.proto import wandb_internal_pb2
 
     train(folder, WandB(project="demo"), STARTS[:1])
-    files = sorted((folder.parent / "wandb").glob("offline-run-*/*.wandb"))
-    assert [file.name for file in files] == [f"run-{identity(folder / 'wandb')[0]}.wandb"]
-    rows, project = [], set()
-    for file in files:
-        data, at = file.read_bytes(), 7
-        while at < len(data):  # a record has a header of 7 bytes: checksum, size, kind
+    (file,) = (folder.parent / "wandb").glob("offline-run-*/*.wandb")
+    assert file.name == f"run-{identity(folder / 'wandb')[0]}.wandb"
+    until = time.monotonic() + 30  # a process of wandb's own writes it, and goes on after its `finish` has returned
+    while True:
+        rows, project, data, at = [], set(), file.read_bytes(), 7
+        while at + 7 < len(data):  # a record has a header of 7 bytes: checksum, size, kind
             size = int.from_bytes(data[at + 4 : at + 6], "little")
             record = wandb_internal_pb2.Record.FromString(data[at + 7 : at + 7 + size])
             at += 7 + size
             if record.history.item:
                 rows.append({i.key or i.nested_key[0]: i.value_json for i in record.history.item})
             project.add(record.run.project)
+        if len(rows) >= 4 or time.monotonic() > until:  # three steps and a text
+            break
+        time.sleep(0.2)
     assert "demo" in project
     losses = [(int(row["step"]), float(row["loss"])) for row in rows if "loss" in row]
     assert losses == [(step, pytest.approx(1 / step)) for step in (1, 2, 3)]
