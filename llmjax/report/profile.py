@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -92,13 +93,16 @@ def read(files: Sequence[Path], top: int = 15) -> Profile:
     from jax.profiler import ProfileData
 
     ops, steps = [], set()
-    for path in files:
-        try:
-            planes = list(ProfileData.from_file(str(path)).planes)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise Refused(f"{path} is no whole trace ({error}): make another with --profile.steps 5.", DATA) from error
-        ops += [op for plane in planes for op in operations(plane, path.name.removesuffix(".xplane.pb"))]
-        steps |= {number for plane in planes for number in numbers(plane)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of a type that jaxlib makes
+        for path in files:
+            try:
+                planes = list(ProfileData.from_file(str(path)).planes)
+            except (RuntimeError, ValueError, OSError) as error:
+                why = f"{path} is no whole trace ({error}): make another with --profile.steps 5."
+                raise Refused(why, DATA) from error
+            ops += [op for plane in planes for op in operations(plane, path.name.removesuffix(".xplane.pb"))]
+            steps |= {number for plane in planes for number in numbers(plane)}
     if not ops:
         raise Refused(f"{files[0]} holds no operation of a device: make another with --profile.steps 5.", DATA)
     return summed(ops, steps, top)
