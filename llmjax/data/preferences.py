@@ -7,92 +7,21 @@ answers to it end by the end of text.
 """
 
 import dataclasses
-import functools
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from llmjax.data import answers, masked
 from llmjax.data.answers import BadLine, Learnt
 from llmjax.data.chat import Template
-from llmjax.data.conversations import Written, check, written
 from llmjax.data.masked import Masked
 from llmjax.data.tokenizer import Bytes, TokenizerFile
+from llmjax.data.written import Batch, WrittenDataset, blank, check, written
 from llmjax.errors import DATA, Refused
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 ANSWERS = ("chosen", "rejected")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PreferenceDataset:
-    """Pairs of sequences of at most T tokens; a pure function of the row."""
-
-    store: Masked
-    written: Written
-    sequence: int
-    pairs: dict[str, np.ndarray]
-    "Of each split, the records that fit."
-    heldout_bytes: None = None
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Differs where tokens, answers, sides or the sequence length differ."""
-        parts = "preferences", sorted(self.store.record["sha256"].items()), self.written.vocab, self.sequence
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-    @functools.cached_property
-    def tokenizer(self) -> "Tokenizer":
-        return self.written.plain()
-
-    @property
-    def template(self) -> Template:
-        return self.written.template
-
-    @property
-    def vocab(self) -> int:
-        return self.written.vocab
-
-    @property
-    def end(self) -> int:
-        return self.written.end
-
-    @property
-    def baselines(self) -> dict[str, float]:
-        return {}
-
-    def asked(self, text: str) -> list[int]:
-        """The tokens of a user's message, up to where the assistant's answer begins."""
-        return self.written.asked(text)
-
-    def size(self, split: str) -> int:
-        """Number of pairs."""
-        return len(self.pairs[split])
-
-    def examples(self, split: str, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`tokens` and `targets`, int32 [n, 2, T], and `weights`, float32 [n, 2, T]: 1 where the target is an answer's.
-
-        The chosen answer comes first. Rows from `size(split)` on are blank.
-        """
-        rows_N = np.asarray(rows, np.int64)
-        if rows_N.size and rows_N.min() < 0:
-            raise IndexError(f"row {rows_N.min()} of a dataset")
-        shape = (len(rows_N), len(ANSWERS), self.sequence)
-        batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets")}
-        batch["weights"] = np.zeros(shape, np.float32)
-        for n, row in enumerate(rows_N.tolist()):
-            for side in range(len(ANSWERS)) if row < self.size(split) else ():
-                tokens, learnt = self.store.sequence(len(ANSWERS) * int(self.pairs[split][row]) + side)
-                here = (n, side, slice(0, len(tokens) - 1))
-                batch["tokens"][here], batch["targets"][here], batch["weights"][here] = (
-                    tokens[:-1], tokens[1:], learnt[1:],
-                )  # fmt: skip
-        return batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +39,7 @@ class Preferences:
     bad: Literal["fail", "skip"] = "fail"
     "What a bad line does: end the start, or be left out, counted and named."
 
-    def open(self, sequence: int, cache: Path, say: Callable[[str], None] = lambda _: None) -> PreferenceDataset:
+    def open(self, sequence: int, cache: Path, say: Callable[[str], None] = lambda _: None) -> WrittenDataset:
         """Opens the pairs, each answer with its prompt in a row of `sequence` tokens; longer ones are left out.
 
         Raises:
@@ -133,7 +62,7 @@ class Preferences:
         )
         store = masked.ensure(source, Path(cache), say)
         pairs = {split: _fitting(store, split, sequence, say) for split in ("train", "heldout")}
-        return PreferenceDataset(store, found, sequence, pairs)
+        return WrittenDataset(store, found, sequence, pairs, both, "preferences")
 
 
 def _answered(line: dict[str, Any], side: str, template: Template, names: Any, end: str) -> Learnt:
@@ -162,3 +91,18 @@ def _fitting(store: Masked, split: str, length: int, say: Callable[[str], None])
     said = f", {left:,} left out, as they are longer than {length} tokens" if left else ""
     say(f"Preferences, {split}: {len(kept):,} pairs{said}.")
     return kept
+
+
+def both(store: Masked, length: int, pairs: Sequence[int | None]) -> Batch:
+    """`tokens` and `targets`, int32 [n, 2, T], and `weights`, float32 [n, 2, T]: 1 where the target is an answer's.
+
+    The chosen answer comes first.
+    """
+    batch = blank((len(pairs), len(ANSWERS), length), "tokens", "targets")
+    for n, pair in enumerate(pairs):
+        for side in () if pair is None else range(len(ANSWERS)):
+            tokens, learnt = store.sequence(len(ANSWERS) * int(pair) + side)
+            here = (n, side, slice(0, len(tokens) - 1))
+            batch["tokens"][here], batch["targets"][here] = tokens[:-1], tokens[1:]
+            batch["weights"][here] = learnt[1:]
+    return batch
