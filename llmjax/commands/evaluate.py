@@ -169,7 +169,7 @@ def show_heldout(facts: dict[str, Any], display: Display) -> None:
     elif many < interval.FEWEST:
         over = ", too few for an interval"
     texts = f"{many:,} document{'' if many == 1 else 's'}"
-    display.say(f"Over {facts['targets']:,.0f} tokens in {facts['rows']:,} rows of {texts}{over}.")
+    display.say(f"Over {facts['targets']:,.0f} tokens in {facts['rows']:,} rows that begin in {texts}{over}.")
 
 
 def show_scores(found: Any, display: Display) -> None:

@@ -399,14 +399,15 @@ def samples(program: Program, dataset, ledger: Ledger, state: State, step: int) 
         tokenizer.decode(tokens)
         for tokens in complete(program.whole(state), prompts, how, positions=positions, end=dataset.end)
     ]
+    gap = "\n" if hasattr(dataset, "asked") else ""  # an answer is no continuation
     for prompt, text in zip(run.prompts, texts, strict=True):
-        ledger.display.sample(prompt, text)
+        ledger.display.sample(prompt, gap + text)
     if records:
         path = records.folder / "samples" / f"{step}.json"
         path.parent.mkdir(exist_ok=True)
         written = [dict(prompt=p, text=t) for p, t in zip(run.prompts, texts, strict=True)]
         path.write_text(json.dumps(redact.tree(written), indent=1))
-        records.text(step, "samples", "\n\n".join(p + t for p, t in zip(run.prompts, texts, strict=True)))
+        records.text(step, "samples", "\n\n".join(p + gap + t for p, t in zip(run.prompts, texts, strict=True)))
     ledger.spent.mark("evaluate")
 
 
@@ -434,12 +435,14 @@ def summary(program: Program, facts: dict[str, float], dataset, folder: Path, di
 
 
 def next_steps(run: Run) -> str:
-    """What a user can do with a finished run."""
+    """What a user can do with a finished run; with one that was taught to answer, talk."""
     itself = run.folder() / "run.json"  # the experiment's name may be another than the run's, or a file
     lines = [f"  llmjax train {itself} --name {run.name}_longer --steps {2 * run.steps}"]
     if run.prompts:
         at = "" if run.runs == "runs" else f" --runs {run.runs}"
-        lines.insert(0, f'  llmjax generate {run.name}{at} --prompt "def parse" --temperature 0.8')
+        write = f'generate {run.name}{at} --prompt "def parse"'
+        talks = (run.folder() / chat.ALONE).is_file()
+        lines.insert(0, f"  llmjax {f'chat {run.name}{at}' if talks else write} --temperature 0.8")
     return "Next:\n" + "\n".join(lines)
 
 
