@@ -4,8 +4,8 @@
     llmjax train lora_stdlib --from stdlib_tiny
     llmjax export lora_stdlib merged
 
-The held-out loss ends at 3.72 nats per token, 3.58 with all weights; a checkpoint takes 1.8 MB in place of 40 (two virtual
-cores of an AMD EPYC, 2026-11-28, Python 3.11, jax 0.10.2).
+The held-out loss ends at 3.72 nats per token, 3.58 with all weights; a checkpoint takes 1.8 MB in place of 40 (two
+virtual cores of an AMD EPYC, 2026-11-28, Python 3.11, jax 0.10.2).
 """
 
 import dataclasses
