@@ -30,8 +30,8 @@ from llmjax.interop.safetensors import Entry
 from llmjax.interop.weights import Weight
 from llmjax.run import Run, read
 from llmjax.rundir import find
+from llmjax.train.between import BASE
 from llmjax.train.display import Display, memory
-from llmjax.train.loop import BASE
 from llmjax.train.program import Program
 from llmjax.train.resume import read_weights
 

@@ -24,8 +24,8 @@ from llmjax.optim.adamw import AdamW
 from llmjax.optim.schedules import Cosine
 from llmjax.run import DiLoCo, LoRA, Run, read
 from llmjax.rundir import find
+from llmjax.train.between import decisive
 from llmjax.train.display import Display, count
-from llmjax.train.loop import decisive
 from llmjax.train.loss import NextToken
 from llmjax.train.program import Program, make, resolve
 from llmjax.train.resume import WEIGHTS

@@ -37,10 +37,10 @@ from llmjax.report import goodput
 from llmjax.run import FREE, Run, differences, to_json
 from llmjax.rundir import own
 from llmjax.tracking import Tracker
-from llmjax.train import loop
+from llmjax.train import between, loop
+from llmjax.train.between import decisive
 from llmjax.train.display import Display, count, duration, memory
 from llmjax.train.ledger import Heartbeat, Ledger, owned
-from llmjax.train.loop import decisive
 from llmjax.train.program import Program, bytes_per_device, fallen_back, make, resolve
 from llmjax.train.records import Records, read
 from llmjax.train.resume import restore, skipped
@@ -102,7 +102,8 @@ def train(
             process_began=time.time() - spent.elapsed(),
         )  # fmt: skip
         ledger.account(now=True)
-        return to_the_end(program, state, start, dataset, ledger, stop, tasks)
+        sample = functools.partial(samples, program, dataset, ledger)
+        return to_the_end(program, state, start, dataset, ledger, between.Around(stop, tasks, sample))
 
 
 @contextlib.contextmanager
@@ -131,30 +132,24 @@ def recording(program: Program, folder: Path, display: Display, spent: Spent, he
         yield Ledger(display, checkpoints, records, spent, alive)
 
 
-def to_the_end(
-    program: Program,
-    state: State,
-    start: int,
-    dataset,
-    ledger: Ledger,
-    stop: Callable[[], bool],
-    tasks: loop.Tasks | None = None,
-) -> int:
+def to_the_end(program: Program, state: State, start: int, dataset, ledger: Ledger, around: between.Around) -> int:
     """Trains from step `start`, saves, and, unless it was asked to stop, evaluates and sums up; the exit code."""
     run, spent, display = program.run, ledger.spent, ledger.display
-    sample = functools.partial(samples, program, dataset, ledger)
-    state, done = steps(program, state, start, dataset, ledger, stop, tasks, sample)
-    loop.save(program, state, done, dataset, ledger, last=True)
+    state, done = steps(program, state, start, dataset, ledger, around)
+    between.save(program, state, done, dataset, ledger, last=True)
     ledger.checkpoints.wait()
     spent.mark("save")
-    facts = loop.evaluate(program, state, dataset, ledger, done, stop=stop) if done == run.steps else None
-    if facts is None or (tasks and loop.ask(program.whole(state), ledger, done, tasks, stop=stop) is None):
+    facts = between.evaluate(program, state, dataset, ledger, done, stop=around.stop) if done == run.steps else None
+    ended = facts is not None and (
+        not around.tasks or between.ask(program.whole(state), ledger, done, around.tasks, stop=around.stop) is not None
+    )
+    if not ended:
         ledger.account(now=True)
         ledger.event("stop", step=done)
         ledger.heartbeat(done, "stop")
         display.say(f"Stopped and saved after step {done:,} of {run.steps:,}: run the same command to continue.")
         return PREEMPTED
-    sample(state, done)
+    around.sample(state, done)
     ledger.heartbeat(done, "finish")
     spent.mark("evaluate")
     ledger.account(now=True)
@@ -178,22 +173,13 @@ def acceptable(run: Run) -> None:
         )
 
 
-def steps(
-    program: Program,
-    state: State,
-    start: int,
-    dataset,
-    ledger: Ledger,
-    stop: Callable[[], bool],
-    tasks: loop.Tasks | None = None,
-    sample: Callable[[State, int], None] = lambda state, step: None,
-):
+def steps(program: Program, state: State, start: int, dataset, ledger: Ledger, around: between.Around):
     """The loop, from checkpoint to checkpoint where bad steps make the run go back."""
     guard, rewinds = program.run.guard, Counter()
     while True:
         left_out = system.share(sorted(skipped(program.run, program.run.folder() if ledger.records else None)))
         try:
-            return loop.steps(program, state, start, dataset, ledger, stop, frozenset(left_out), tasks, sample)
+            return loop.steps(program, state, start, dataset, ledger, around, frozenset(left_out))
         except loop.Rewind as bad:
             step = bad.step
         del state  # before another one takes its place
@@ -322,7 +308,7 @@ def check_data(run: Run, dataset) -> None:
         )
 
 
-def questions(program: Program, dataset) -> loop.Tasks | None:
+def questions(program: Program, dataset) -> between.Tasks | None:
     """What asks the run's tasks, with their data at hand; None where it has none.
 
     Raises:
@@ -453,7 +439,7 @@ def write_environment(folder: Path, program: Program, devices: list, state: Stat
     )
     facts = dict(
         python=platform.python_version(),
-        versions=loop.versions(),
+        versions=between.versions(),
         commit=git.stdout.strip() or None,
         devices=[str(device) for device in devices[:64]],
         device_count=len(devices),

@@ -14,8 +14,8 @@ from llmjax.interop import folder as interop
 from llmjax.run import LoRA, Run, differences, fingerprint, from_json, to_json
 from llmjax.run import read as read_run
 from llmjax.train import adapters, digest
+from llmjax.train.between import BASE, decisive, versions
 from llmjax.train.ledger import Ledger
-from llmjax.train.loop import BASE, decisive, versions
 from llmjax.train.program import Program, stored, weights
 from llmjax.train.records import read
 from llmjax.train.step import State, watch

@@ -294,6 +294,20 @@ def test_a_run_on_text_measures_bits_per_byte_and_keeps_samples(place, became):
     assert (folder / "tokenizer.json").is_file()
 
 
+def test_prompts_that_a_stop_left_uncompleted_are_completed_after_the_restart(place, became):
+    became(text)
+    before, folder = place.runs / "text", place.folder / "elsewhere" / "text"
+    shutil.copytree(before, folder)
+    shutil.rmtree(folder / "checkpoints" / "24")
+    events = [line for line in (folder / "events.jsonl").read_text().splitlines() if '"finish"' not in line]
+    (folder / "events.jsonl").write_text("".join(f"{line}\n" for line in events))
+    (folder / "samples" / "20.json").unlink()
+    line = ("train", "text.py", "--runs", "elsewhere", "--processes.devices", "1", "--sample-every", "10")
+    assert place.run(*line).code == 0
+    texts = [(path / "samples" / "20.json").read_text() for path in (before, folder)]
+    assert texts[0] == texts[1]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_its_step_is_saved(place, became):
     done, folder = became(wild), place.runs / "wild"
     bad = metrics(folder)[-1]

@@ -110,12 +110,12 @@ def while_it_compiles(place, golden):
 def while_it_evaluates(place, golden):
     slow = """
 import time
-from llmjax.train import loop
-place = loop.place
+from llmjax.train import between
+place = between.place
 def slowly(dataset, split, *a, **k):
     time.sleep(0.5 * (split == "heldout"))
     return place(dataset, split, *a, **k)
-loop.place = slowly
+between.place = slowly
 """
     folder = place.runs / "P5_evaluates"
     with place.started(*train("P5_evaluates"), patch=slow) as process:

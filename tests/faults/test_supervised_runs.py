@@ -41,16 +41,16 @@ run = Run(
 # Dies whenever it comes to the checkpoint of step 12.
 DYING = """
 import os, signal
-from llmjax.train import loop
+from llmjax.train import between
 
-save = loop.save
+save = between.save
 
 def dying(program, state, step, *rest, **others):
     if step == 12:
         os.kill(os.getpid(), signal.SIGKILL)
     save(program, state, step, *rest, **others)
 
-loop.save = dying
+between.save = dying
 """
 PAIR = ("launch", "--processes", "2", "--devices", "2")
 ALONE = ("--processes.devices", "2")

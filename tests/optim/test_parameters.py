@@ -26,7 +26,7 @@ from llmjax.optim.schedule_free import ScheduleFreeAdamW
 from llmjax.optim.schedules import Constant
 from llmjax.run import DiLoCo, Run
 from llmjax.train import step as steps
-from llmjax.train.loop import decisive
+from llmjax.train.between import decisive
 from llmjax.train.loss import NextToken
 from llmjax.train.program import make, resolve
 from llmjax.train.resume import restore
