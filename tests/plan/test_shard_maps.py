@@ -1,6 +1,7 @@
 """Where devices lie and what they hold, against JAX's own shardings and the rules of the torus."""
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 
@@ -14,7 +15,7 @@ from llmjax import names
 from llmjax.checkpoint.checkpoints import like, named
 from llmjax.mesh import AXES, Axes
 from llmjax.models.llama import Llama
-from llmjax.plan import arrays, links, places, topology
+from llmjax.plan import arrays, links, places
 from llmjax.run import load
 from llmjax.train.program import make, resolve
 
@@ -103,13 +104,12 @@ def test_gpus_lie_in_nodes_and_slices_are_joined_by_data():
     assert all(place.group == place.coordinates[0] for place in found.places)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
 def test_the_rules_place_axes_on_the_torus_as_jax_does():
     cluster = names.load("meshes", "v5p_64", "cluster")
     sizes = Axes(1, 1, 16, 1, 1, 4)
-    try:
-        exact = places.by_jax(cluster, sizes)
-    except topology.NoCompiler as refusal:
-        pytest.skip(str(refusal))
+    exact = places.by_jax(cluster, sizes)
     by_rule = places.of(cluster, sizes)
     assert exact.shape == by_rule.shape and exact.exact
     assert sorted(places.moving(exact).values()) == sorted(places.moving(by_rule).values())
