@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmjax.data import corpus, store
+from llmjax.data.onfile import OnFile
 from llmjax.data.tokenizer import BPE, Bytes, TokenizerFile, end_of_text, load
 from llmjax.errors import DATA, USAGE, Refused
 
@@ -83,7 +84,6 @@ class TextDataset:
           Refused: the tokens' file is gone or of another size (code 65).
         """
         stream, size, length = self._stream(split), self.size(split), self.sequence
-        store.check_file(self.store.folder / f"{split}.bin", stream.nbytes)  # cut short, a map ends the process
         window_NU = np.zeros((len(rows), length + 1), np.int32)
         weights_NT = np.zeros((len(rows), length), np.float32)
         for n, row in enumerate(_checked(rows).tolist()):
@@ -92,7 +92,7 @@ class TextDataset:
             weights_NT[n, : max(0, len(piece) - 1)] = 1
         return {"tokens": window_NU[:, :-1].copy(), "targets": window_NU[:, 1:].copy(), "weights": weights_NT}
 
-    def _stream(self, split: str) -> np.ndarray:
+    def _stream(self, split: str) -> OnFile:
         return {"train": self.store.train, "heldout": self.store.heldout}[split]
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from llmjax.data import answers
 from llmjax.data.answers import BadLine, Learnt
 from llmjax.data.folders import at_once
-from llmjax.data.store import check_file
+from llmjax.data.onfile import OnFile, check_file
 from llmjax.errors import DATA, USAGE, Refused
 from llmjax.errors import IO as DISK
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _VERSION = 1
-_TYPES = {"tokens": "<u4", "learnt": "u1", "starts": "<i8", "heldout": "u1"}
+_TYPES = {name: np.dtype(of) for name, of in dict(tokens="<u4", learnt="u1", starts="<i8", heldout="u1").items()}
 _AT_ONCE = 1 << 20  # characters that are encoded together
 
 
 class Masked(NamedTuple):
-    """An open store; arrays are memory-mapped."""
+    """An open store."""
 
-    tokens: np.ndarray
-    learnt: np.ndarray
-    starts: np.ndarray
-    heldout: np.ndarray
+    tokens: OnFile
+    learnt: OnFile
+    starts: OnFile
+    heldout: OnFile
     record: dict[str, Any]
 
     def records(self, split: str) -> np.ndarray:
@@ -49,7 +49,7 @@ class Masked(NamedTuple):
 
     def sequence(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, whether each is to be learnt) of a sequence."""
-        here = slice(int(self.starts[n]), int(self.starts[n + 1]))
+        here = slice(*self.starts[n : n + 2].tolist())
         return self.tokens[here], self.learnt[here]
 
 
@@ -193,8 +193,11 @@ def _open(folder: Path) -> Masked:
         check_file(folder / f"{name}.bin", sizes[name], remedy)
         if _hash(folder / f"{name}.bin") != hashes[name]:
             raise Refused(f"'{folder / f'{name}.bin'}' holds other bytes than were written: {remedy}", DATA)
-    maps = {name: np.memmap(folder / f"{name}.bin", kind, "r") for name, kind in _TYPES.items()}
-    return Masked(**maps, record=record)
+    arrays = {
+        name: OnFile(folder / f"{name}.bin", kind, sizes[name] // kind.itemsize, remedy=remedy)
+        for name, kind in _TYPES.items()
+    }
+    return Masked(**arrays, record=record)
 
 
 def _hash(path: Path) -> str:

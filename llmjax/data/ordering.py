@@ -14,7 +14,7 @@ import numpy as np
 from llmjax.data import packing, shards
 from llmjax.data.dataset import mix
 from llmjax.data.folders import at_once
-from llmjax.data.store import check_file
+from llmjax.data.onfile import OnFile, check_file
 from llmjax.errors import DATA, IO, Refused
 
 _VERSION = 1
@@ -57,7 +57,7 @@ def ensure(store: shards.Shards, length: int, rows: int, packed: packing.Packing
     return _open(folder, rows)
 
 
-def _open(folder: Path, rows: int) -> np.ndarray:
+def _open(folder: Path, rows: int) -> OnFile:
     remedy = f"delete the folder '{folder}' and start again."
     try:
         check_file(folder / "order.bin", 8 * rows, remedy)
@@ -67,4 +67,4 @@ def _open(folder: Path, rows: int) -> np.ndarray:
                 raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise Refused(f"'{folder / 'order.bin'}' is damaged: {remedy}", DATA) from None
-    return np.memmap(folder / "order.bin", "<i8", "r") if rows else np.zeros(0, np.int64)
+    return OnFile(folder / "order.bin", np.dtype("<i8"), rows, remedy=remedy)

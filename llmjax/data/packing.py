@@ -18,8 +18,8 @@ import numpy as np
 
 from llmjax.data import shards
 from llmjax.data.folders import at_once
+from llmjax.data.onfile import OnFile, check_file
 from llmjax.data.shards import Shards
-from llmjax.data.store import check_file
 from llmjax.errors import DATA, IO, Refused
 
 PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])
@@ -31,10 +31,10 @@ class Packing(NamedTuple):
     """The rows of a split."""
 
     folder: Path
-    pieces: np.ndarray
-    "PIECE [pieces], memory-mapped."
-    first: np.ndarray
-    "The first piece of each row, and where the last ends: int64 [rows + 1], memory-mapped."
+    pieces: OnFile
+    "PIECE [pieces]."
+    first: OnFile
+    "The first piece of each row, and where the last ends: int64 [rows + 1]."
     facts: dict
     "As `report` gives."
 
@@ -151,10 +151,14 @@ def _open(folder: Path) -> Packing:
     remedy = f"delete the folder '{folder}' and start again."
     try:
         facts = json.loads((folder / "packing.json").read_text())
-        sizes = {"pieces.bin": facts["pieces"] * PIECE.itemsize, "rows.bin": (facts["rows"] + 1) * 8}
-    except (OSError, ValueError, KeyError):
+        kept = Packing(
+            folder,
+            OnFile(folder / "pieces.bin", PIECE, int(facts["pieces"]), remedy=remedy),
+            OnFile(folder / "rows.bin", np.dtype("<i8"), int(facts["rows"]) + 1, remedy=remedy),
+            facts,
+        )
+    except (OSError, ValueError, KeyError, TypeError):
         raise Refused(f"'{folder / 'packing.json'}' is damaged: {remedy}", DATA) from None
-    for name, size in sizes.items():
-        check_file(folder / name, size, remedy)
-    found = np.memmap(folder / "pieces.bin", PIECE, "r") if facts["pieces"] else np.zeros(0, PIECE)
-    return Packing(folder, found, np.memmap(folder / "rows.bin", "<i8", "r"), facts)
+    for array in (kept.pieces, kept.first):
+        check_file(array.path, array.size, remedy)
+    return kept

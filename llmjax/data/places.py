@@ -38,7 +38,7 @@ def local(path: str, option: str) -> Path:
     """A place to write to, or to map, refused where it is remote (code 2)."""
     if remote(path):
         raise Refused(
-            f"{option} '{path}' is not a local path: stores are memory-mapped, so give a local folder.", USAGE
+            f"{option} '{path}' is not a local path: stores are read in place, so give a local folder.", USAGE
         )
     return Path(path).expanduser()
 

@@ -1,4 +1,4 @@
-"""The store that `llmjax data build` writes: memory-mapped shards of tokens, each block of them checked as it is read.
+"""The store that `llmjax data build` writes: shards of tokens that stay on file, each block checked as it is read.
 
     dataset.json              provenance, counts, versions, one fingerprint
     tokenizer.json            the tokenizer that wrote the tokens
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmjax import reading
-from llmjax.data.store import check_file
+from llmjax.data.onfile import OnFile, check_file
 from llmjax.errors import DATA, Refused
 
 FORMAT = "llmjax shards 1"
@@ -32,14 +32,13 @@ ENTRY = np.dtype(
     [("unit", "<u8"), ("split", "u1"), ("width", "<u4"), ("offset", "<u8"), ("tokens", "<u8"), ("documents", "<u8"),
      ("bytes", "<u8"), ("sha256", "u1", 32), ("idx", "u1", 32)]
 )  # fmt: skip
-_OPEN = 2048  # shards kept mapped; systems allow a process some 65,000 maps
+_OPEN = 2048  # shards of which the starts and hashes are kept
 
 
 class Shard(NamedTuple):
-    """One mapped shard."""
+    """What is known of one shard."""
 
-    path: Path
-    tokens: np.ndarray
+    tokens: OnFile
     "Token ids as they lie in the file."
     starts: np.ndarray
     "Where each document starts, uint64, ascending."
@@ -47,8 +46,6 @@ class Shard(NamedTuple):
     "SHA-256 of every block: uint8 [blocks, 32]."
     sound: np.ndarray
     "Blocks that were read and compared: bool [blocks]."
-    size: int
-    "Bytes of the file."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +62,7 @@ class Shards:
 
     @functools.cached_property
     def shard(self):
-        """(split, number) -> Shard, the latest ones kept mapped."""
+        """(split, number) -> Shard, the latest ones kept."""
         return functools.lru_cache(_OPEN)(functools.partial(_shard, self))
 
 
@@ -130,20 +127,21 @@ def _spans(store: Shards, split: str, start: int, stop: int):
 
 def _checked(shard: Shard, start: int, stop: int) -> np.ndarray:
     """Tokens of a shard whose blocks are what was written."""
-    check_file(shard.path, shard.size, REMEDY)  # cut short, a map would end the process
-    width = shard.tokens.itemsize
-    blocks = range(start * width // BLOCK, -(-stop * width // BLOCK))
-    for block in blocks:
-        if not shard.sound[block]:
-            content = shard.tokens[block * BLOCK // width : (block + 1) * BLOCK // width]
-            if hashlib.sha256(content).digest() != shard.digests[block].tobytes():
-                raise Refused(
-                    f"'{shard.path}' holds other bytes than were written (in the {BLOCK} after "
-                    f"{shard.size - shard.tokens.nbytes + block * BLOCK}): {REMEDY}",
-                    DATA,
-                )
-            shard.sound[block] = True
-    return shard.tokens[start:stop]
+    each = BLOCK // shard.tokens.dtype.itemsize
+    first, last = start // each, -(-stop // each)
+    if shard.sound[first:last].all():
+        return shard.tokens[start:stop]
+    read = shard.tokens[first * each : last * each]
+    for block in np.flatnonzero(~shard.sound[first:last]).tolist():
+        digest = hashlib.sha256(read[block * each : (block + 1) * each]).digest()
+        if digest != shard.digests[first + block].tobytes():
+            raise Refused(
+                f"'{shard.tokens.path}' holds other bytes than were written (in the {BLOCK} after "
+                f"{shard.tokens.offset + (first + block) * BLOCK}): {REMEDY}",
+                DATA,
+            )
+        shard.sound[first + block] = True
+    return read[start - first * each : stop - first * each]
 
 
 REMEDY = "bring the file back, or build the store again."
@@ -162,17 +160,14 @@ def _shard(store: Shards, split: str, number: int) -> Shard:
     dtype = np.dtype(f"<u{entry['width']}")
     blocks = -(-tokens * dtype.itemsize // BLOCK)
     idx = base.with_suffix(".idx")
-    size = offset + tokens * dtype.itemsize
-    check_file(path, size, REMEDY)
+    array = OnFile(path, dtype, tokens, offset, REMEDY)
+    check_file(path, array.size, REMEDY)
     check_file(idx, 8 * int(entry["documents"]) + 32 * blocks, REMEDY)
     content = np.fromfile(idx, np.uint8)
     if hashlib.sha256(content).digest() != entry["idx"].tobytes():
         raise Refused(f"'{idx}' holds other bytes than were written: {REMEDY}", DATA)
     cut = 8 * int(entry["documents"])
-    mapped = np.memmap(path, dtype, "r", offset, (tokens,))
-    return Shard(
-        path, mapped, content[:cut].view("<u8"), content[cut:].reshape(blocks, 32), np.zeros(blocks, bool), size
-    )
+    return Shard(array, content[:cut].view("<u8"), content[cut:].reshape(blocks, 32), np.zeros(blocks, bool))
 
 
 class Writer:

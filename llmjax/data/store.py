@@ -1,4 +1,4 @@
-"""A token store: one folder with the tokens of a corpus, memory-mapped, and a record of where they came from.
+"""A token store: one folder with the tokens of a corpus and a record of where they came from.
 
     train.bin, heldout.bin   the documents' tokens one after another, each document preceded by the end of text
     tokenizer.json           the tokenizer that wrote them
@@ -25,6 +25,7 @@ import numpy as np
 from llmjax import reading, redact
 from llmjax.data.corpus import Document, hold_out
 from llmjax.data.folders import at_once
+from llmjax.data.onfile import OnFile, check_file
 from llmjax.data.tokenizer import BPE, Bytes, TokenizerFile, end_of_text, vocabulary
 from llmjax.errors import DATA, IO, Refused
 
@@ -43,10 +44,10 @@ class Store:
     folder: Path
     record: dict
     "What dataset.json says."
-    train: np.ndarray
-    "Token ids, one-dimensional, memory-mapped."
-    heldout: np.ndarray
-    "Token ids, one-dimensional, memory-mapped."
+    train: OnFile
+    "Token ids."
+    heldout: OnFile
+    "Token ids."
 
 
 def key(documents: Sequence[Document], tokenizer: BPE | Bytes | TokenizerFile, fraction: float) -> str:
@@ -238,18 +239,8 @@ def open_store(folder: Path) -> Store:
         check_file(folder / name, sizes[name], remedy)
         if (folder / name).is_symlink() or _hash_file(folder / name) != hashes[name]:
             raise Refused(f"'{folder / name}' holds other bytes than were written: {remedy}", DATA)
-    maps = {side: np.memmap(folder / f"{side}.bin", dtype, "r", shape=(count,)) for side, count in tokens.items()}
-    return Store(folder, record, **maps)
-
-
-def check_file(path: Path, size: int, remedy: str = "bring it back, and run the same command to continue.") -> None:
-    """Refuses a file that is gone or of another size (code 65), of which a memory map would not say so."""
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise Refused(f"'{path}' cannot be read ({error.strerror}): {remedy}", DATA) from None
-    if found != size:
-        raise Refused(f"'{path}' has {found} bytes where {size} were written: {remedy}", DATA)
+    sides = {side: OnFile(folder / f"{side}.bin", dtype, count) for side, count in tokens.items()}
+    return Store(folder, record, **sides)
 
 
 def _text(record: dict[str, Any]) -> bytes:

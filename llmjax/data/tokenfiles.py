@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmjax.data import shards
+from llmjax.data.onfile import OnFile
 from llmjax.errors import DATA, Refused
 
 _LLM_C = {(20240520, 1): 2, (20240801, 7): 4}  # llm.c's data_common.py: bytes per token by magic number and version
@@ -82,11 +83,11 @@ def index(of: TokenFile, base: Path, vocab: int, end: int) -> dict:
     Raises:
       Refused: a token is not in the vocabulary, or the index does not fit (code 65).
     """
-    mapped = np.memmap(of.path, f"<u{of.width}", "r", of.offset, (of.tokens,))
+    tokens = OnFile(Path(of.path), np.dtype(f"<u{of.width}"), of.tokens, of.offset, "copy it anew.")
     whole, digests, found = hashlib.sha256(), bytearray(), [np.zeros(1, np.int64)]
     step = _AT_ONCE // of.width
     for at in range(0, of.tokens, step):
-        part = mapped[at : at + step]
+        part = tokens[at : at + step]
         if (high := int(part.max())) >= vocab:
             where = at + int(part.argmax())
             raise Refused(
