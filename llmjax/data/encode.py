@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from llmjax.data import quality, records, shards, sources, tokenfiles, words
 from llmjax.data.sources import Unit
 from llmjax.data.tokenizer import TokenizerFile
 from llmjax.errors import DATA, Refused
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _AT_ONCE = 1 << 18  # characters that are encoded at once: a hundred bytes of memory each
 SAMPLE = 5  # bad records of a unit that are named
@@ -117,13 +120,13 @@ def _add(writer: shards.Writer, pieces: list[records.Piece], how: How) -> None:
 
 def _encode(tokenizer: str, texts: list[str]) -> list[list[int]] | list[np.ndarray]:
     loaded, known = _load(tokenizer, os.stat(tokenizer).st_mtime_ns)
-    if known is not None:
+    if known:
         return words.encode(loaded, texts, known)
     return [encoding.ids for encoding in loaded.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 @functools.lru_cache(1)
-def _load(path: str, _written: int) -> tuple[Any, dict | None]:
+def _load(path: str, _written: int) -> tuple["Tokenizer", words.Known | None]:
     """The tokenizer of a build, loaded once in a process, and what it knows of words if they can be encoded apart."""
     loaded = TokenizerFile(path).build()
-    return loaded, {} if words.apart(loaded) else None
+    return loaded, words.known(loaded) if words.apart(loaded) else None

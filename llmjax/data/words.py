@@ -6,12 +6,12 @@ behind a piece; so what lies between two such places can be encoded by itself, o
 text whole.
 """
 
-import array
 import itertools
 import json
 import re
+import string
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _WORDS = re.compile(r"[^A-Za-z0-9]*+(?:[A-Za-z0-9]++(?:[_\x80-\U0010ffff][^A-Za-z0-9]*+)?+)*+")
+_ENDS = frozenset(string.ascii_letters + string.digits)
+_BEGINS = frozenset(map(chr, range(128))) - _ENDS - {"_"}
+_TOGETHER = 500  # words that are encoded as one text
 _LONGEST = 64  # characters of what is kept: longer ones hardly come again
 _MOST = 1 << 19  # kept, in 150 MB at most; then all is forgotten
 _LATER = (  # of GPT-4 and Llama 3
@@ -54,16 +57,50 @@ def apart(tokenizer: "Tokenizer") -> bool:
     return False
 
 
-def encode(tokenizer: "Tokenizer", texts: Sequence[str], known: dict[str, bytes]) -> list[np.ndarray]:
-    """The ids of each text, uint32; `known` keeps those of words from call to call, as bytes, which join quickly."""
-    words = [_WORDS.findall(text) for text in texts]
-    if len(known) > _MOST:
-        known.clear()
-    new = [word for word in dict.fromkeys(itertools.chain.from_iterable(words)) if word not in known]
-    encoded = tokenizer.encode_batch_fast(new, add_special_tokens=False)
-    long = [word for word in new if len(word) > _LONGEST]
-    known.update((word, array.array("I", encoding.ids).tobytes()) for word, encoding in zip(new, encoded, strict=True))
-    ids = [np.frombuffer(b"".join(map(known.__getitem__, parts)), np.uint32) for parts in words]
-    for word in long:
-        del known[word]
-    return ids
+class Known(NamedTuple):
+    """What a tokenizer has made of words so far."""
+
+    ids: dict[str, bytes]
+    "Of each word its ids, uint32, as bytes, which join quickly."
+    sizes: np.ndarray
+    "Of each id how many bytes of text it stands for."
+
+
+def known(tokenizer: "Tokenizer") -> Known:
+    """Nothing yet, of a tokenizer that encodes words apart."""
+    sizes = np.zeros(tokenizer.get_vocab_size(), np.int64)
+    for token, number in tokenizer.get_vocab().items():
+        sizes[number] = len(token)  # byte-level tokens are written with one character for a byte
+    return Known({}, sizes)
+
+
+def encode(tokenizer: "Tokenizer", texts: Sequence[str], before: Known) -> list[np.ndarray]:
+    """The ids of each text, uint32; `before` keeps those of words from call to call."""
+    words, ids = [_WORDS.findall(text) for text in texts], before.ids
+    if len(ids) > _MOST:
+        ids.clear()
+    new = [word for word in dict.fromkeys(itertools.chain.from_iterable(words)) if word not in ids]
+    inner = [word for word in new if word and word[0] in _BEGINS and word[-1] in _ENDS]
+    groups = [inner[at : at + _TOGETHER] for at in range(0, len(inner), _TOGETHER)]
+    for group, encoding in zip(
+        groups, tokenizer.encode_batch_fast(["".join(group) for group in groups], add_special_tokens=False), strict=True
+    ):
+        ids.update(_apart(group, np.array(encoding.ids, np.uint32), before.sizes))
+    rest = [word for word in new if word not in ids]
+    for word, encoding in zip(rest, tokenizer.encode_batch_fast(rest, add_special_tokens=False), strict=True):
+        ids[word] = np.array(encoding.ids, np.uint32).tobytes()
+    found = [np.frombuffer(b"".join(map(ids.__getitem__, parts)), np.uint32) for parts in words]
+    for word in new:
+        if len(word) > _LONGEST:
+            del ids[word]
+    return found
+
+
+def _apart(group: list[str], ids_N: np.ndarray, sizes: np.ndarray) -> dict[str, bytes]:
+    """The ids of each word out of those of all, one after another; nothing if some bytes have no id."""
+    end_W = np.cumsum([len(word.encode()) for word in group])
+    cut_W = np.searchsorted(np.cumsum(sizes[ids_N]), end_W) + 1
+    whole, cuts = ids_N.tobytes(), (4 * cut_W).tolist()
+    if int(sizes[ids_N].sum()) != end_W[-1]:
+        return {}
+    return {word: whole[start:end] for word, start, end in zip(group, [0, *cuts], cuts, strict=False)}

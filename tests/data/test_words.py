@@ -15,11 +15,10 @@ TEXTS = [
 ]
 
 
-def trained(pre):
+def trained(pre, alphabet=tuple(pre_tokenizers.ByteLevel.alphabet())):
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre
     made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|endoftext|>"]
     made.train_from_iterator(
         TEXTS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=sorted(alphabet), special_tokens=special,
@@ -38,6 +37,7 @@ TOKENIZERS = {
     "bytes": Bytes().build(),
     "gpt2": trained(pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "llama3": trained(later()),
+    "lacks bytes": trained(pre_tokenizers.ByteLevel(add_prefix_space=False), alphabet=()),
 }
 
 
@@ -54,14 +54,14 @@ TOKENIZERS = {
     )
 )
 def test_words_apart_give_the_ids_of_the_text(name, texts):
-    tokenizer, known = TOKENIZERS[name], {}
+    tokenizer, known = TOKENIZERS[name], words.known(TOKENIZERS[name])
     assert words.apart(tokenizer)
     for _ in range(2):  # and once all is known
         got = words.encode(tokenizer, texts, known)
         assert [ids.tolist() for ids in got] == [
             e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ]
-        assert all(len(word) <= words._LONGEST for word in known)
+        assert all(len(word) <= words._LONGEST for word in known.ids)
 
 
 def test_a_text_is_cut_and_nothing_of_it_is_lost():
