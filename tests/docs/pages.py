@@ -3,7 +3,8 @@
 A fenced block of `python` runs after those before it on its page, in one process. One of `sh` is commands; one with a
 `title` is a file of that name. A block of `text` right below is what it prints: `...` stands for anything, alone on a
 line for any lines. A comment right above says more: `<!-- run -->` runs a block of commands, `<!-- run with FLAGS -->`
-does with further flags, `<!-- slow -->` or `<!-- run slow -->` leaves it to slow tests.
+with further flags for its trainings, `<!-- run after "train NAME" -->` once that was run; `<!-- slow -->` or
+`<!-- run slow -->` leaves it to slow tests.
 
     python tests/docs/pages.py PAGE             prints, as JSON, what the blocks of Python print
     python tests/docs/pages.py --write PAGE     puts it into the page
@@ -56,8 +57,13 @@ class Block:
 
     @property
     def flags(self) -> list[str]:
-        """What a test adds to the command."""
+        """What a test adds to the commands that train."""
         return list(self.says[self.says.index("with") + 1 :]) if "with" in self.says else []
+
+    @property
+    def before(self) -> list[str]:
+        """The words of a command that comes first, if there is one."""
+        return shlex.split(self.says[self.says.index("after") + 1]) if "after" in self.says else []
 
     def __str__(self):
         return f"{self.page}:{self.line}"

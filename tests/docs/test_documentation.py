@@ -39,8 +39,9 @@ def run(folder: Path, *words: str) -> str:
         JAX_COMPILATION_CACHE_DIR=str(folder.parent / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1"
     )
     done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=os.environ | settings, capture_output=True, text=True, check=False
-    )
+        [sys.executable, *words], cwd=folder, env=os.environ | settings, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -61,7 +62,10 @@ def test_blocks_of_python_run_in_order_and_print_what_their_page_shows(name, tmp
 
 
 def with_files(folder: Path, name: str) -> None:
-    """Puts the files that a page shows into a folder."""
+    """Puts the files that a page shows into a folder, and what a reader has there: texts, and a place for meshes."""
+    (folder / "meshes").mkdir()
+    shutil.copy(pages.ROOT / "README.md", folder)
+    shutil.copytree(pages.PAGES, folder / "texts")
     for block in blocks(name):
         if block.title:
             (folder / block.title).write_text(block.code, encoding="utf-8")
@@ -71,7 +75,10 @@ def commands_print(name: str, folder: Path, wanted) -> None:
     """Runs these blocks of commands of a page in a folder of their own, in order."""
     with_files(folder, name)
     for block in filter(wanted, blocks(name)):
-        shown = "".join(run(folder, "-m", "llmjax.cli", *words, *block.flags) for words in commands(block.code))
+        if block.before:
+            run(folder, "-m", "llmjax.cli", *block.before)
+        lines = [words + block.flags if "train" in words else words for words in commands(block.code)]
+        shown = "".join(run(folder, "-m", "llmjax.cli", *words) for words in lines)
         if block.output is not None and not block.flags:
             assert fits(block.output, shown), f"{block} prints\n{shown}and the page says\n{block.output}"
 
