@@ -78,8 +78,8 @@ class Habits:
     "Whether the gradient of the logits waits for that, where the embedding is the head and both add to one gradient."
     piece: float = 0
     "Bytes per logit beyond `logits` where the loss is taken in pieces, and each goes forward and back at once."
-    sets: int = 3
-    "Gradients of a whole stage in a pipeline: the sum so far, what is added, and the new sum."
+    sets: int = 2
+    "Gradients of a whole stage in a pipeline: the sum so far, and what is added."
 
 
 # CPU devices compute in float32; a TPU writes the logits in bfloat16 and never the exponentials.
@@ -300,9 +300,9 @@ def _stage(run: Run, sizes: Axes, one: Part, habits: Habits, accumulate: int) ->
     inside = _layer(run, sizes, one, habits)
     if how.schedule == "1f1b":
         kept = stream * (2 * ways(run.layout.params.get("L"), sizes) - 1)
-        tick = max(4 * gathered, inside) + _logits(one, one.tokens, habits)
+        tick = inside + _logits(one, one.tokens, habits)
         return 4 * (2 * gathered + 2 * ends), kept + tick + one.number * (gathered + ends)
-    ticking = 4 * (habits.sets - 1) * gathered, max(4 * gathered, inside)
+    ticking = 4 * habits.sets * gathered, inside
     losing = 0.0, _loss(run, sizes, one, one.tokens * parts, habits)
     gradients, passing = max(ticking, losing, key=sum)
     return gradients, passing + one.number * gathered + 2 * stream * parts
