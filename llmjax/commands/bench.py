@@ -43,7 +43,8 @@ def bench(run: Run, processes: Processes, options: Options) -> int:
     if options.compare:
         return compare(options)
     check(run, processes, options)
-    facts = with_torch(run, options) if options.torch else alone(run, processes, options)
+    with Display().waiting(f"measuring {run.name}"):
+        facts = with_torch(run, options) if options.torch else alone(run, processes, options)
     first = jax.process_index() == 0 if not options.torch else True
     show(run, facts, Display(quiet=not first))
     if options.json and first:

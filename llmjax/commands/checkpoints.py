@@ -48,7 +48,10 @@ def checkpoints(asked: Options, display: Display | None = None) -> int:
     if not steps:
         display.say(f"{folder} has no checkpoint yet.")
         return DONE
-    reasons = {step: reason(held, step, asked.verify) for step in steps}
+    reasons = {}
+    for step in steps:
+        with display.waiting(f"reading checkpoint {step}"):
+            reasons[step] = reason(held, step, asked.verify)
     rows = [row(held.folder / str(step), reasons[step]) for step in steps]
     display.table(["step", "size", "age", "tokens", "read back"], rows)
     if bad := [step for step, why in reasons.items() if why]:

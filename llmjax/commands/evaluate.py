@@ -83,7 +83,8 @@ def evaluate(asked: Options) -> int:
         if not asked.data and dataset is not None and trained_on not in (None, dataset.fingerprint):
             display.say("The data is another than the checkpoint was trained on: what is held out now may have been.")
         if dataset is not None:
-            facts["heldout"] = heldout.judged(heldout.measure(program, model, dataset), dataset)
+            with display.waiting(f"evaluating {dataset.size('heldout'):,} rows"):
+                facts["heldout"] = heldout.judged(heldout.measure(program, model, dataset), dataset)
             show_heldout(facts["heldout"], display)
         if tasks:
             facts["tasks"] = _scores(tasks, Judge(program, model, load(tokenizer)), asked.limit, display)

@@ -70,9 +70,13 @@ def export(asked: Export) -> int:
     origin = origin_of(run, home)
     config = config_of(run, family, origin, asked.dtype)
     kind, scratch = config.get("torch_dtype", config.get("dtype")), room(asked)
-    program = laid_out(run, asked.mesh, "fsdp")
+    program, display = laid_out(run, asked.mesh, "fsdp"), Display()
     try:
-        with program.context(), Checkpoints(home / "checkpoints") as checkpoints:
+        with (
+            program.context(),
+            Checkpoints(home / "checkpoints") as checkpoints,
+            display.waiting(f"writing {asked.out}"),
+        ):
             step = choose_step(checkpoints, asked.step, home)
             wanted = named(like(program.abstract_model(), program.mesh))
             parts = family.weights(run.model)
@@ -89,12 +93,12 @@ def export(asked: Export) -> int:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     size = sum(path.stat().st_size for path in asked.out.iterdir())
-    Display().say(
+    display.say(
         f"Exported step {step:,} of {home} to {asked.out}: {family.architecture}, {kind}, "
         f"{len(places):,} tensors, {memory(size)}, read back and found the same."
     )
     if getattr(run.model, "ahead", 0):
-        Display().say("The layers that predict further tokens are left out, as transformers has no place for them.")
+        display.say("The layers that predict further tokens are left out, as transformers has no place for them.")
     return DONE
 
 

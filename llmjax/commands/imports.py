@@ -64,14 +64,14 @@ def bring(asked: Import) -> int:
     texts = found.texts()
     if "tokenizer.json" in texts:
         fits(texts["tokenizer.json"], run)
-    program = laid_out(run, asked.mesh, asked.layout)
-    with program.context():
+    program, display = laid_out(run, asked.mesh, asked.layout), Display()
+    with program.context(), display.waiting(f"reading {found.folder} and writing {home}"):
         model = found.load(like(program.abstract_model(), program.mesh))
         Path(run.runs).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{run.name}.", dir=run.runs) as scratch:
             write(run, State(jnp.int32(0), model, ()), Path(scratch) / run.name, texts, found)
             (Path(scratch) / run.name).rename(home)
-    say(run, found, sum(x.size for x in jax.tree.leaves(model)))
+    say(run, found, sum(x.size for x in jax.tree.leaves(model)), display)
     return DONE
 
 
@@ -150,8 +150,7 @@ def write(run: Run, state: State, home: Path, texts: dict[str, Path], found: int
     claim(home, run)
 
 
-def say(run: Run, found: interop.Checkpoint, parameters: int) -> None:
-    display = Display()
+def say(run: Run, found: interop.Checkpoint, parameters: int, display: Display) -> None:
     display.say(f"Imported {found.folder}: {type(run.model).__name__}, {count(parameters)} parameters, {run.folder()}.")
     for note in found.notes:
         display.say(note)

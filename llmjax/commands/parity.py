@@ -81,10 +81,13 @@ def parity(run: Run, processes: Processes, options: Options) -> int:
     display = Display(quiet=not first)
     display.say(f"llmjax parity {run.name}: {run.steps} steps in float32 against one device; {shape(run)}")
     one = Case(dataclasses.replace(run, layout=layouts.dp), Axes(1, 1, 1, 1, 1, 1))
-    reference, traces, verdicts = follow(one, jax.local_devices()), [], []
+    traces, verdicts = [], []
+    with display.waiting("one device"):
+        reference = follow(one, jax.local_devices())
     for case in chosen:
         began = time.monotonic()
-        traces.append(follow(case, devices))
+        with display.waiting(f"{case.title()} ({case.cut()})"):
+            traces.append(follow(case, devices))
         verdicts.append(compare(reference, traces[-1], options.tolerance))
         seconds = f"{time.monotonic() - began:.1f} s"
         display.say(f"{case.title()} ({case.cut()}): {outcome(verdicts[-1])}, {seconds}")

@@ -123,8 +123,10 @@ def one(asked: Experiment, run: Run, processes: Processes, options: Options, dis
     found = estimate(run)
     type_check(found)
     measure = measurer(run, processes) if options.measure else None
-    report, why = compile_for(found, options)
-    measured = measure(found) if measure else None
+    with display.waiting(f"planning {run.name} for {run.mesh.chips} x {run.mesh.chip.name}"):
+        report, why = compile_for(found, options)
+    with display.waiting("measuring"):
+        measured = measure(found) if measure else None
     which, _ = trusted(run.mesh.chip, report is not None and report.time is not None)
     step, memory = (report if which == "compiled" else found).time.step, dataclasses.asdict(found.memory)
     kept.keep(run, found.sizes, found.accumulate, step, memory)
@@ -170,7 +172,8 @@ def measurer(run: Run, processes: Processes):
 def agree(run: Run, options: Options, display: Display) -> int:
     """Writes the contract of the compiled step, or holds the step against one."""
     found = estimate(run)
-    report = compiled.report(run, found.sizes, cache=plans(run))
+    with display.waiting(f"compiling {run.name} for {run.mesh.chips} x {run.mesh.chip.name}"):
+        report = compiled.report(run, found.sizes, cache=plans(run))
     if report.refusal:
         raise Refused(f"{run.name} does not compile for {run.mesh.name}, where {report.refusal}: see llmjax plan.")
     made = contract.of(report, run)

@@ -85,7 +85,8 @@ def train(
     tasks = questions(program, dataset)
     with recording(program, folder, display, spent, heartbeat) as ledger:
         spent.mark("start")
-        state, start = restore(program, dataset, ledger)
+        with display.waiting("making or restoring the state"):
+            state, start = restore(program, dataset, ledger)
         spent.mark("restore")
         if ledger.records:
             write_environment(folder, program, devices, state, dataset.fingerprint)

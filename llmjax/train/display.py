@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 PLAIN_SECONDS = 10  # between two progress lines where there is no terminal
@@ -85,6 +85,17 @@ class Display:
         self.console.file.flush()
 
     @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Shows on a terminal what goes on, and for how long, until it is over; nothing elsewhere."""
+        if self.console.is_terminal and not self.console.quiet:
+            columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                bar.add_task(what, total=None)
+                yield
+        else:
+            yield
+
+    @contextlib.contextmanager
     def progress(self, start: int, steps: int) -> Iterator[None]:
         """The bar, from `start` to `steps`."""
         if self.console.is_terminal and not self.console.quiet:
@@ -95,7 +106,7 @@ class Display:
                 TimeRemainingColumn(),
             )
             with Progress(*columns, console=self.console, transient=True) as bar:
-                self.bar, self.task = bar, bar.add_task("training", total=steps, completed=start, numbers="")
+                self.bar, self.task = bar, bar.add_task("training", total=steps, completed=start, numbers="compiling")
                 yield
             self.bar = None
         else:

@@ -1,12 +1,17 @@
 """`llmjax checkpoints` shows what is there, and what of it can be trusted."""
 
+import io
+
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from llmjax import cli
 from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.commands import checkpoints as command
 from llmjax.commands.generate import choose_step
 from llmjax.errors import Refused
+from llmjax.train.display import Display
 
 
 @pytest.fixture
@@ -53,6 +58,16 @@ def test_a_checkpoint_that_is_not_what_was_written_is_shown_and_the_code_says_so
     assert listed("mine")[0] == 65
     (tmp_path / "runs" / "mine" / "checkpoints" / "4" / "MANIFEST.json").unlink()
     assert "2 of 2 not verified; training refuses to continue." in listed("mine")[1]
+
+
+def test_a_terminal_shows_what_is_read_while_it_is_and_a_file_of_the_output_does_not(listed):
+    shown = {}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=80, highlight=False)
+        assert command.checkpoints(command.Options("mine", verify=True), Display(console=console)) == 0
+        shown[terminal] = console.file.getvalue()
+    assert "reading checkpoint 4" in shown[True] and "reading checkpoint 8" in shown[True]
+    assert "reading" not in shown[False] and "4,000" in shown[False] and "4,000" in shown[True]
 
 
 def test_a_checkpoint_without_a_manifest_is_taken_when_asked_to(listed, tmp_path):
