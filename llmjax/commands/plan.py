@@ -125,8 +125,10 @@ def one(asked: Experiment, run: Run, processes: Processes, options: Options, dis
     measure = measurer(run, processes) if options.measure else None
     with display.waiting(f"planning {run.name} for {run.mesh.chips} x {run.mesh.chip.name}"):
         report, why = compile_for(found, options)
-    with display.waiting("measuring"):
-        measured = measure(found) if measure else None
+    measured = None
+    if measure:
+        with display.waiting("measuring"):
+            measured = measure(found)
     which, _ = trusted(run.mesh.chip, report is not None and report.time is not None)
     step, memory = (report if which == "compiled" else found).time.step, dataclasses.asdict(found.memory)
     kept.keep(run, found.sizes, found.accumulate, step, memory)
