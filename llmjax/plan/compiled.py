@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from llmjax import mesh as meshes
 from llmjax.checkpoint.checkpoints import like
 from llmjax.errors import Refused
+from llmjax.layout import axes_of
 from llmjax.mesh import Axes, Chip, Cluster
 from llmjax.plan import buffers, collectives, cost, hlo, links, schedule, topology
 from llmjax.plan.buffers import Buffer
@@ -176,9 +177,14 @@ def _compiled(made: Program, state, lowered: jax.stages.Lowered, sizes: Axes, ch
         time=read.time if cost.clock(chip) else None,
         unknown=read.unknown,
         moments=read.moments if cost.clock(chip) else (),
-        warnings=tuple(schedule.warnings(read.rows)) if chip.platform == "tpu" else (),  # a CPU never scatters sums
+        warnings=_warnings(made.run, read.rows) if chip.platform == "tpu" else (),  # a CPU never scatters sums
         **about,
     )
+
+
+def _warnings(run: Run, rows: tuple[Row, ...]) -> tuple[str, ...]:
+    inside = axes_of(run.layout.inner.get("T"))
+    return tuple(schedule.warnings(rows, {axis for axis in axes_of(run.layout.stream.get("T")) if axis not in inside}))
 
 
 def _largest_elsewhere(run: Run, sizes: Axes) -> tuple[Buffer, ...]:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -322,12 +322,20 @@ def _travels(module: Module, computation: str, x: Instruction) -> tuple[str, Ins
     return None
 
 
-def warnings(rows: Sequence[Row]) -> Iterator[str]:
-    """What in a program's communication is worth a look, a sentence each."""
+def warnings(rows: Sequence[Row], stream: Set[str] = frozenset()) -> Iterator[str]:
+    """What in a program's communication is worth a look, a sentence each.
+
+    Over the axes `stream` the positions of the residual stream are cut, so that a block's result is summed in parts.
+    """
     for row in rows:
         each = row.bytes / max(row.count, 1)
-        if row.kind == "all-reduce" and "fsdp" in row.axes and row.module != "optimizer" and each > 1e6:
+        if row.kind != "all-reduce" or each <= 1e6:
+            continue
+        sums = f"{row.count} all-reduces of {each / 1e6:.1f} MB over {' x '.join(row.axes)} in {row.module}, where"
+        if "fsdp" in row.axes and row.module != "optimizer":
+            yield f"{sums} gathers or scatters would send half as much."
+        elif set(row.axes) & stream and row.module in ("attention", "mlp", "block"):
             yield (
-                f"{row.count} all-reduces of {each / 1e6:.1f} MB over {' x '.join(row.axes)} in {row.module}, where "
-                f"gathers or scatters would send half as much."
+                f"{sums} scatters would send half as much: of a single row on a device XLA's TPU compiler sums the "
+                "whole; fewer microbatches (--accumulate) give a device more rows."
             )

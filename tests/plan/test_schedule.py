@@ -164,6 +164,10 @@ def test_sums_where_parts_would_do_are_worth_a_look():
     assert list(schedule.warnings(few)) == []
     [said] = schedule.warnings([*few, row("all-reduce", ("fsdp",), "mlp", 10**8)])
     assert said.startswith("4 all-reduces of 100.0 MB over fsdp in mlp")
+    summed = [*few, row("all-reduce", ("tensor",), "block", 10**8), row("all-reduce", ("tensor",), "head", 10**8)]
+    assert list(schedule.warnings(summed)) == []  # as `tp` alone must
+    [said] = schedule.warnings(summed, {"tensor"})
+    assert said.startswith("4 all-reduces of 100.0 MB over tensor in block") and "--accumulate" in said
 
 
 @pytest.mark.parametrize("name", SLICES)
