@@ -68,8 +68,9 @@ class Known(NamedTuple):
 
 def known(tokenizer: "Tokenizer") -> Known:
     """Nothing yet, of a tokenizer that encodes words apart."""
-    sizes = np.zeros(tokenizer.get_vocab_size(), np.int64)
-    for token, number in tokenizer.get_vocab().items():
+    vocab = tokenizer.get_vocab()
+    sizes = np.zeros(max(vocab.values()) + 1, np.int64)  # numbers may be left out
+    for token, number in vocab.items():
         sizes[number] = len(token)  # byte-level tokens are written with one character for a byte
     return Known({}, sizes)
 
@@ -85,7 +86,7 @@ def encode(tokenizer: "Tokenizer", texts: Sequence[str], before: Known) -> list[
     for group, encoding in zip(
         groups, tokenizer.encode_batch_fast(["".join(group) for group in groups], add_special_tokens=False), strict=True
     ):
-        ids.update(_apart(group, np.array(encoding.ids, np.uint32), before.sizes))
+        ids.update(_ids_of_each(group, np.array(encoding.ids, np.uint32), before.sizes))
     rest = [word for word in new if word not in ids]
     for word, encoding in zip(rest, tokenizer.encode_batch_fast(rest, add_special_tokens=False), strict=True):
         ids[word] = np.array(encoding.ids, np.uint32).tobytes()
@@ -96,11 +97,13 @@ def encode(tokenizer: "Tokenizer", texts: Sequence[str], before: Known) -> list[
     return found
 
 
-def _apart(group: list[str], ids_N: np.ndarray, sizes: np.ndarray) -> dict[str, bytes]:
-    """The ids of each word out of those of all, one after another; nothing if some bytes have no id."""
-    end_W = np.cumsum([len(word.encode()) for word in group])
-    cut_W = np.searchsorted(np.cumsum(sizes[ids_N]), end_W) + 1
-    whole, cuts = ids_N.tobytes(), (4 * cut_W).tolist()
-    if int(sizes[ids_N].sum()) != end_W[-1]:
+def _ids_of_each(group: list[str], ids_N: np.ndarray, sizes: np.ndarray) -> dict[str, bytes]:
+    """The ids of each word out of those of all, one after another; none unless an id ends where each word does.
+
+    None does where the tokenizer leaves bytes out that it has no id for.
+    """
+    end_N, end_W = np.cumsum(sizes[ids_N]), np.cumsum([len(word.encode()) for word in group])
+    if not np.isin(end_W, end_N).all():
         return {}
+    whole, cuts = ids_N.tobytes(), (4 * (np.searchsorted(end_N, end_W) + 1)).tolist()
     return {word: whole[start:end] for word, start, end in zip(group, [0, *cuts], cuts, strict=False)}

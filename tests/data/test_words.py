@@ -1,5 +1,8 @@
 """Words that are encoded apart give the ids of the whole text, for every tokenizer that is taken for such a one."""
 
+import json
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,6 +71,25 @@ def test_a_text_is_cut_and_nothing_of_it_is_lost():
     for text in TEXTS:
         parts = words._WORDS.findall(text)
         assert "".join(parts) == text and len(parts) > 30
+
+
+def test_numbers_that_a_vocabulary_leaves_out_do_no_harm():
+    facts = json.loads(TOKENIZERS["ours"].to_str())
+    vocab = facts["model"]["vocab"]
+    vocab.update({token: number + 10_000 for token, number in vocab.items() if number > 300})
+    apart = Tokenizer.from_str(json.dumps(facts))
+    apart.encode_special_tokens = True
+    assert words.apart(apart) and apart.get_vocab_size() < max(apart.get_vocab().values())
+    got = words.encode(apart, TEXTS, words.known(apart))
+    assert [ids.tolist() for ids in got] == [apart.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    assert max(ids.max() for ids in got) > 10_000
+
+
+def test_words_are_not_told_apart_where_an_id_goes_over_their_end():
+    sizes = np.array([1, 2])
+    assert words._ids_of_each([" a", " b"], np.array([0, 0, 0, 0], np.uint32), sizes) != {}
+    assert words._ids_of_each([" a", " b"], np.array([0, 1, 0], np.uint32), sizes) == {}  # as many bytes in all
+    assert words._ids_of_each([" a", " b"], np.array([0, 0, 0], np.uint32), sizes) == {}
 
 
 def test_other_tokenizers_encode_a_text_whole():

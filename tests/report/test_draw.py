@@ -3,12 +3,11 @@
 import dataclasses
 import html.parser
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from browser import browser, found
 
 import experiments
 from llmjax import cli, names
@@ -164,33 +163,22 @@ def test_what_cannot_be_drawn_is_one_sentence(monkeypatch, capsys, words, senten
     assert sentence in said.err
 
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(BROWSER is None, reason="chromium is not installed")
-@pytest.mark.parametrize("width", [390, 1100])
-def test_a_browser_shows_it_without_sideways_scrolling_and_moves_the_outlines(tmp_path, width):
+@pytest.mark.skipif(found() is None, reason="no Chromium is installed")
+def test_a_browser_shows_it_without_sideways_scrolling_and_moves_the_outlines(tmp_path):
     text, _ = drawn(on("v5p_64", "fsdp_pp"))
-    probe = """<script>
-      const before = document.querySelector("rect.mine").getAttribute("y");
-      slider.value = 63; slider.dispatchEvent(new Event("input"));
-      const moved = document.querySelector("rect.mine").getAttribute("y") != before;
-      parent.postMessage([document.documentElement.scrollWidth, moved, document.getElementById("name").value], "*");
-    </script></body>"""
-    (tmp_path / "page.html").write_text(text.replace("</body>", probe))
-    (tmp_path / "frame.html").write_text(
-        f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe><p id="said"></p><script>'
-        'addEventListener("message", e => document.getElementById("said").textContent = JSON.stringify(e.data))'
-        "</script>"
-    )
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,1000",
-         "--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-         Path(tmp_path / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    (said,) = re.findall(r'<p id="said">\[(\d+),(\w+),"(.*?)"\]', done.stdout)
-    assert int(said[0]) <= width and said[1] == "true" and said[2].startswith("device 63: ")
+    (tmp_path / "page.html").write_text(text)
+    with browser(found()) as tab:
+        for width, scheme in ((1100, "light"), (1100, "dark"), (390, "light"), (390, "dark")):
+            tab.open(tmp_path / "page.html", width, 900, scheme)
+            assert tab.js("document.documentElement.scrollWidth") == width
+            before = tab.js(OUTLINE)
+            tab.js("slider.value = 63; slider.dispatchEvent(new Event('input'))")
+            assert tab.js(OUTLINE) != before
+            assert tab.js("document.getElementById('name').value").startswith("device 63: ")
+            assert tab.console == [] and len(tab.asked) == 1
+
+
+OUTLINE = "document.querySelector('rect.mine').getAttribute('y')"
 
 
 @pytest.mark.slow
