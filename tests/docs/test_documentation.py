@@ -20,6 +20,7 @@ from pages import Block, blocks, commands, fits
 
 from llmjax import cli
 from llmjax import mesh as meshes_of
+from llmjax.data.tokenizer import Bytes
 from llmjax.run import Run, to_json
 from llmjax.train.program import make, resolve
 from meshes.chips import CPU
@@ -66,6 +67,7 @@ def with_files(folder: Path, name: str) -> None:
     (folder / "meshes").mkdir()
     shutil.copy(pages.ROOT / "README.md", folder)
     shutil.copytree(pages.PAGES, folder / "texts")
+    Bytes().build().save(str(folder / "tokenizer.json"))
     for block in blocks(name):
         if block.title:
             (folder / block.title).write_text(block.code, encoding="utf-8")
