@@ -1,23 +1,44 @@
-"""Where the memory of a process comes from, between one train step and the next."""
+"""The memory in which a CPU trains: what glibc's malloc is told, which reads it only when a process begins."""
 
-import ctypes
+import contextlib
 import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt(3), as glibc's malloc.h numbers them
+NAME = "GLIBC_TUNABLES"
+# XLA allocates a step's temporaries anew each time. glibc gives blocks of that size back to the kernel, which clears
+# every page of them for the next step. With high thresholds they stay; and where the kernel leaves it to programs, they
+# lie on large pages, of which a core remembers more. (The manual of glibc, "Memory Allocation Tunables"; one before 2.35
+# does not know the first.)
+TUNABLES = {"hugetlb": 1, "mmap_threshold": 2**32, "trim_threshold": 2**33}
+SETTINGS = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
+ACCELERATORS = ("nvidiactl", "kfd", "accel*", "vfio")  # how Linux shows GPUs and TPUs, where steps use no malloc
 
 
-def keep_freed() -> bool:
-    """Has what a step frees stay with this process for the next one, and says whether it does.
+def start_again() -> None:
+    """Starts this process once more with these settings: the same program, arguments and process id.
 
-    XLA allocates a step's temporaries anew each time. glibc gives blocks of that size back to the kernel, which then
-    has to clear every page of them again: of a small model's step that was a third of the time. Kept, they cost no
-    more memory than the largest step has needed.
-
-    Nothing changes where the C library is not glibc, or the environment says how its malloc is to work.
+    It returns where that would bring nothing: another C library than glibc, an accelerator, the settings are there; or
+    where the environment says how malloc is to work. Call it before anything else was begun.
     """
-    asked = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(n.startswith("MALLOC_") for n in os.environ)
-    if sys.platform != "linux" or asked or not hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+    asked = NAME in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    if not asked and sys.executable and _glibc() and not _accelerated():
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, sys.orig_argv, os.environ | {NAME: SETTINGS})
+
+
+def without(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment as it was before `start_again`."""
+    return {name: value for name, value in environment.items() if (name, value) != (NAME, SETTINGS)}
+
+
+def _glibc() -> bool:
+    try:
+        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    except (AttributeError, OSError, ValueError):  # no Linux; another C library
         return False
-    # No block is mapped by itself, and none at the end of the heap is given back.
-    return bool(libc.mallopt(MMAP_MAX, 0) and libc.mallopt(TRIM_THRESHOLD, -1))
+
+
+def _accelerated() -> bool:
+    return any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from llmjax import redact
+from llmjax import allocator, redact
 from llmjax.errors import DONE, INTERRUPTED, IO, PEER_LOST, Refused, TooFewDevices, did_you_mean
 from llmjax.notice import Notice
 
@@ -76,8 +76,15 @@ REPORT = "--data.report"  # of train: what a run will see of its data, and no tr
 LAUNCHED = ("train", "parity", "bench", "supervise")  # what several processes can do together
 
 
+def command() -> None:
+    """Entry point of the `llmjax` command: `main`, and if it trains, in memory that suits it."""
+    if sys.argv[1:2] and sys.argv[1] in (*LAUNCHED, "launch"):
+        allocator.start_again()
+    main()
+
+
 def main() -> None:
-    """Entry point of the `llmjax` command."""
+    """Does what the command line says, in the process as it is, and ends it."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -92,6 +99,7 @@ def main() -> None:
 
 def experiment(run: "Run") -> None:
     """`python -m experiments.NAME`: the same as `llmjax train NAME`."""
+    allocator.start_again()
     module = sys.modules["__main__"]
     name = module.__spec__.name if module.__spec__ else Path(str(module.__file__)).stem
     with Notice() as notice:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from llmjax import allocator, redact, tracking
+from llmjax import redact, tracking
 from llmjax.errors import DONE, PREEMPTED, USAGE, Refused, TooFewDevices
 from llmjax.mesh import Cluster
 from llmjax.rollcall import roll_call
@@ -69,10 +69,8 @@ def start(cluster: Cluster, processes: Processes | None = None) -> list[jax.Devi
         _detect(os.environ, processes)
     compiler_only()
     devices = jax.devices()
-    if devices[0].platform == "cpu":
-        allocator.keep_freed()
-        if jax.process_count() > 1:
-            _hide_foreign_output()
+    if jax.process_count() > 1 and devices[0].platform == "cpu":
+        _hide_foreign_output()
     return _matching(cluster, devices, jax.process_count())
 
 

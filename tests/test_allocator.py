@@ -6,41 +6,61 @@ import sys
 
 import pytest
 
+from llmjax import allocator
+
 BLOCK = 2**26
-# Bytes that the process still has of its heap when a block has been used and freed (mallinfo2(3), its first field).
-KEPT = f"""
+# Bytes that the process has of its heap beside what it had before a block was used and freed (mallinfo2(3)).
+SCRIPT = f"""
 import ctypes
-import numpy as np
-from llmjax import processes
-from meshes import local
+import os
+import sys
+from pathlib import Path
+
+from llmjax import allocator
+
+with Path(sys.argv[1]).open("a") as starts:
+    print(os.getpid(), file=starts)
+allocator.ACCELERATORS = ()
+allocator.start_again()
 
 class Mallinfo2(ctypes.Structure):
-    _fields_ = [(f"field{{i}}", ctypes.c_size_t) for i in range(10)]
+    _fields_ = [(name, ctypes.c_size_t) for name in ["arena", *map(str, range(9))]]
 
-processes.start(local.cluster)
-mallinfo2 = ctypes.CDLL(None).mallinfo2
-mallinfo2.restype = Mallinfo2
-before = mallinfo2().field0
-np.ones({BLOCK} // 8)
-print(mallinfo2().field0 - before)
+glibc = ctypes.CDLL(None)
+glibc.mallinfo2.restype, glibc.malloc.restype, glibc.free.argtypes = Mallinfo2, ctypes.c_void_p, [ctypes.c_void_p]
+before = glibc.mallinfo2().arena
+glibc.free(glibc.malloc({BLOCK}))
+print(glibc.mallinfo2().arena - before)
 """
+only_on_linux = pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 
 
-def kept(**also: str) -> int:
-    """Bytes more than before the block."""
-    plain = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
-    ended = subprocess.run([sys.executable, "-c", KEPT], env=plain | also, capture_output=True, text=True, check=True)
-    return int(ended.stdout)
+def started(folder, **also: str) -> tuple[list[str], int]:
+    """(the process of each start, the bytes that the last one kept)."""
+    plain = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != allocator.NAME}
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, folder / "script.py", folder / "starts"]
+    ended = subprocess.run(command, env=plain | also, capture_output=True, text=True, check=True)
+    return (folder / "starts").read_text().split(), int(ended.stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="keeps memory on Linux alone")
-def test_what_a_step_frees_stays_with_the_process():
-    assert kept() > BLOCK // 2  # some of it was free before
+@only_on_linux
+def test_a_process_starts_once_more_as_itself_and_keeps_what_is_freed(tmp_path):
+    processes, kept = started(tmp_path)
+    assert len(processes) == 2 and len(set(processes)) == 1
+    assert kept >= BLOCK
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="keeps memory on Linux alone")
+@only_on_linux
 @pytest.mark.parametrize(
-    "name, value", [("MALLOC_TOP_PAD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=7")]
+    "name, value", [("MALLOC_TOP_PAD_", "131072"), (allocator.NAME, "glibc.malloc.tcache_count=7")]
 )
-def test_what_the_environment_says_of_malloc_stands(name, value):
-    assert kept(**{name: value}) < BLOCK // 2
+def test_what_the_environment_says_of_malloc_stands(tmp_path, name, value):
+    processes, kept = started(tmp_path, **{name: value})
+    assert len(processes) == 1 and kept < BLOCK
+
+
+def test_another_program_is_given_the_environment_as_it_was():
+    asked = {allocator.NAME: "glibc.malloc.tcache_count=7", "HOME": "/"}
+    assert allocator.without({allocator.NAME: allocator.SETTINGS, "HOME": "/"}) == {"HOME": "/"}
+    assert allocator.without(asked) == asked

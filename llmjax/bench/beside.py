@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from llmjax import allocator
 from llmjax.bench import worker
 from llmjax.data.dataset import Synthetic
 from llmjax.errors import Refused
@@ -53,7 +54,7 @@ def compare(run: Run, warmup: int, repeats: int) -> dict[str, Answer]:
     with contextlib.ExitStack() as stack:
         processes, found = {}, {}
         for kind in worker.KINDS:  # one is ready before the next one starts; a refusal of ours starts no other
-            processes[kind] = stack.enter_context(_started())
+            processes[kind] = stack.enter_context(_started(ours=kind == "ours"))
             found[kind] = _asked(processes[kind], json.dumps({"run": sent, "kind": kind}))
         for count in (warmup, *(-(-repeats // ROUNDS),) * ROUNDS):
             for kind, process in processes.items():
@@ -73,10 +74,10 @@ def ratios(ours: list[list[float]], theirs: list[list[float]]) -> list[float]:
 
 
 @contextlib.contextmanager
-def _started() -> Iterator[subprocess.Popen]:
-    """A worker, which waits for its first line."""
+def _started(ours: bool) -> Iterator[subprocess.Popen]:
+    """A worker, which waits for its first line; PyTorch's in the environment that its user would have."""
     # By default XLA takes three quarters of a GPU's memory at the start, and nothing would be left for PyTorch.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = (os.environ if ours else allocator.without(os.environ)) | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     line, pipe = [sys.executable, "-m", "llmjax.bench.worker"], subprocess.PIPE
     process = subprocess.Popen(line, env=environment, text=True, bufsize=1, stdin=pipe, stdout=pipe)
     try:

@@ -43,6 +43,7 @@ class Compute:
     remat: str = "none"  # what the backward pass computes again: all but what KEPT names
     offload: bool = False  # whether that is kept in the host's memory
     unroll: int = 1  # layers per turn of the loop over them
+    microbatches: int = 1  # of those that are summed up, per turn of the loop over them
     chunk: int = 0  # positions of a sequence that the loss takes at once; 0: all
     pipeline: Pipeline = Pipeline()  # how microbatches pass through the stages
     attention: str = "reference"  # or blocked, splash, cudnn, ring

@@ -27,7 +27,9 @@ from llmjax.train import step as steps
 
 LARGE, PIECE = 2**30, 4096  # bytes of a device's float32 logits that are taken in pieces, of so many tokens
 HOST = "pinned_host"  # the memory that a device moves arrays to and from
+WARM = 512  # tokens whose activations stay in a CPU's caches
 UNROLLED = 12  # layers per turn of the loop on a CPU, where a turn copies weights and activations
+MANY = 8  # microbatches, from which on a CPU takes two per turn: sums of gradients are read and written once for both
 ONCE = {"xla_backend_optimization_level": 1}  # for what a CPU runs once: it compiles in a third of the time
 
 
@@ -142,6 +144,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         remat=run.remat.policy,
         offload=run.remat.offload,
         unroll=min(getattr(run.model, "layers", 1), run.unroll or (UNROLLED if on_cpu else 1)),
+        microbatches=2 if on_cpu and accumulate >= MANY else 1,
         chunk=chunk(run, axes, accumulate, chip),
         pipeline=run.pipeline,
         attention=attention,
@@ -300,5 +303,5 @@ def microbatches(run: Run, axes: Axes, chip: Chip) -> int:
     rows = run.batch // ways(run.layout.inner.get("B"), axes)
     if chip.platform != "cpu" or rows < 1 or axes.stage > 1:
         return 1
-    wanted = min(rows, max(1, rows * run.sequence // 1024))
+    wanted = min(rows, max(1, rows * run.sequence // WARM))
     return next(a for a in range(wanted, 0, -1) if rows % a == 0)

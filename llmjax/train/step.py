@@ -81,7 +81,8 @@ def gradients(model: nnx.Module, batch: Batch, loss: Loss, *, mean: bool = True)
     def microbatch(total, batch):
         return jax.tree.map(jnp.add, total, with_gradient(model, batch)), None
 
-    ((total, sums), grads), _ = jax.lax.scan(microbatch, _zeros(with_gradient, model, batch), batch)
+    zeros = _zeros(with_gradient, model, batch)
+    ((total, sums), grads), _ = jax.lax.scan(microbatch, zeros, batch, unroll=nn.how().microbatches)
     grads = jax.tree.map(jax.reshard, grads, places)
     if mean:
         total, grads = jax.tree.map(lambda x: x / jnp.maximum(sums["weight"], 1), (total, grads))
