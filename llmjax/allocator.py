@@ -9,7 +9,7 @@ from pathlib import Path
 NAME = "GLIBC_TUNABLES"
 # XLA allocates a step's temporaries anew each time. glibc gives blocks of that size back to the kernel, which clears
 # every page of them for the next step. With high thresholds they stay; and where the kernel leaves it to programs, they
-# lie on large pages, of which a core remembers more. (The manual of glibc, "Memory Allocation Tunables"; one before 2.35
+# lie on large pages, of which a core remembers more. (The manual of glibc, "Memory Allocation Tunables"; before 2.35 it
 # does not know the first.)
 TUNABLES = {"hugetlb": 1, "mmap_threshold": 2**32, "trim_threshold": 2**33}
 SETTINGS = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())

@@ -11,7 +11,7 @@ ROOT = Path(llmjax.__path__[0])
 
 # A file imports from rooms above its own line and from its own room, never from beside or below.
 ORDER = (
-    ("errors", "leash", "redact", "reading"),
+    ("allocator", "errors", "leash", "redact", "reading"),
     ("names", "notice", "launch", "mesh", "rollcall", "rundir"),
     ("layout", "tracking"),
     ("trackers",),
