@@ -2,7 +2,7 @@
 
 Put your text in data/corpus and its tokenizer at data/tokenizer.json, or name others with --data.path and
 --data.tokenizer.path. Not run yet on this hardware.
-`llmjax plan` (2026-11-28) foresees 1.00 s a step, 2,100,000 tokens/s and 27.5 of 29.8 GiB.
+`llmjax plan` (2026-11-28) foresees 1.00 s a step, 2,100,248 tokens/s and 27.5 of 29.8 GiB.
 """
 
 from llmjax import layout
