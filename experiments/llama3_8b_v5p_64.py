@@ -2,7 +2,7 @@
 
 Put your text in data/corpus and its tokenizer at data/tokenizer.json, or name others with --data.path and
 --data.tokenizer.path. Not run yet on this hardware.
-`llmjax plan` (2026-11-25) foresees 5.4 s a step, 386,896 tokens/s and 56 of 89 GiB.
+`llmjax plan` (2026-11-28) foresees 5.4 s a step, 391,616 tokens/s and 56 of 89 GiB.
 """
 
 from llmjax import layout

@@ -24,6 +24,7 @@ PARAMETERS = {  # published sizes; GPT-2's vocabulary is padded here, which adds
     "llama_1b_h200": 1.236e9,
     "llama3_8b_h100x8": 8.030e9,
     "llama3_8b_v5p_64": 8.030e9,
+    "llama3_8b_v6e_256": 8.030e9,
     "llama3_70b_v5p_128_x2": 70.554e9,
     "llama3_70b_v6e_256": 70.554e9,
     "llama31_405b_v5p_512": 405.853e9,

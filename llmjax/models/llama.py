@@ -79,6 +79,8 @@ class LlamaBlock(nnx.Module):
     Other families replace either along with its weights, which `heads` and `feed_forward` make, or only a step of it.
     """
 
+    normed = False  # whether queries and keys are normed before they are turned
+
     def __init__(self, c: Llama, key: jax.Array):
         keys, sizes = jax.random.split(key, 7), c.sizes()
         into, out = c.width**-0.5, (2 * c.layers) ** -0.5  # residual branches shrink with depth, as GPT-2's
@@ -123,7 +125,9 @@ class LlamaBlock(nnx.Module):
         c = self.c
         angles_BTK = rope_angles(nn.positions(q_BTHK.shape[1]), c.head_dim, c.theta, c.scaling)
         stretch = getattr(c.scaling, "stretch", 1.0)
-        return rotate(q_BTHK, angles_BTK, stretch), rotate(k_BTGK, angles_BTK, stretch)
+        turned = rotate(q_BTHK, angles_BTK, stretch), rotate(k_BTGK, angles_BTK, stretch)
+        # Kept in place of the products, which no derivative needs, unless a norm was taken of them.
+        return turned if self.normed else tuple(nn.kept(x) for x in turned)
 
     def attend(self, q_BTHK, k_BTGK, v_BTGK, segments_BT) -> jax.Array:
         """What every query finds, [B, T, H, K]."""

@@ -106,6 +106,11 @@ def project_all(subscripts: Sequence[str], x: jax.Array, *weights: nnx.Param) ->
     return [checkpoint_name(y, name) for y, name in zip(products[: len(pairs)], names, strict=True)]
 
 
+def kept(x: jax.Array) -> jax.Array:
+    """Something made of products, for the backward pass to keep it where it would keep those."""
+    return checkpoint_name(x, PRODUCT)
+
+
 # JAX traces both halves of its derivative when the model has been traced, and so outside of any narrower `inside`.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _project(subscripts, then, x, weights):
@@ -165,7 +170,7 @@ def _unreduced(subscripts, a, b, dtype, place) -> tuple[jax.Array, frozenset[str
 
 
 def _apart(x: jax.Array) -> jax.Array:
-    """The result of a product. By the TPU compiler's own cycles, norms and gates take more in its loop than alone."""
+    """The result of a product. By the compiler's own cycles, norms and gates take more in a v5p's loop than alone."""
     return jax.lax.optimization_barrier(x) if how().apart else x
 
 

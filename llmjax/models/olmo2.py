@@ -17,6 +17,8 @@ class Olmo2(Llama):
 
 
 class Olmo2Block(LlamaBlock):
+    normed = True
+
     def __init__(self, c: Olmo2, key: jax.Array):
         super().__init__(c, key)
         self.query_scale_HK, self.key_scale_GK = nn.full(1, "HK", c.sizes()), nn.full(1, "GK", c.sizes())

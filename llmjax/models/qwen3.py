@@ -17,6 +17,8 @@ class Qwen3(Llama):
 
 
 class Qwen3Block(LlamaBlock):
+    normed = True
+
     def __init__(self, c: Qwen3, key: jax.Array):
         super().__init__(c, key)
         self.query_scale_K, self.key_scale_K = (nn.full(1, "K", c.sizes()) for _ in range(2))
