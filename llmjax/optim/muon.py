@@ -22,8 +22,9 @@ class Muon:
 
     A step of a matrix is lr * (scale * O + weight_decay * w). O is U V^T of the momentum's singular value decomposition
     U S V^T, nearly: Newton-Schulz iterations, which are products alone, bring all but the smallest singular values to
-    0.7 to 1.2. With `scale` "rms" it is multiplied by 0.2 * sqrt(max(rows, columns)), so that weights move as far as
-    under AdamW and take its rate and weight decay; with "spectral" by sqrt(max(1, columns / rows)).
+    0.7 to 1.3; see `llmjax.optim.orthogonal`. With `scale` "rms" it is multiplied by 0.2 * sqrt(max(rows, columns)), so
+    that weights move as far as under AdamW and take its rate and weight decay; with "spectral" by
+    sqrt(max(1, columns / rows)).
 
     Each layer and each expert of a stack is a matrix of its own, and heads and their width are one side of it.
     Embeddings, the head, scales and biases are AdamW's; see `llmjax.optim.weights`. One number of state per parameter
@@ -48,8 +49,8 @@ class Muon:
     "Share of a matrix that is taken off per step, times the learning rate."
     scale: Literal["rms", "spectral"] = "rms"
     "How far an orthogonal step goes: as far as AdamW's, or as far for every shape in the norm from inputs to outputs."
-    iterations: int = 5
-    "Newton-Schulz iterations."
+    iterations: int = 4
+    "Newton-Schulz iterations: with each more, singular values a quarter as large still count as much as the largest."
     operands: Literal["auto", "float32", "bfloat16"] = "auto"
     "Precision of their products. auto: float32 on CPUs, bfloat16 on accelerators."
     others_lr: float = 1e-3
@@ -66,7 +67,7 @@ class Muon:
     def build(self, steps: int) -> optax.GradientTransformation:
         """See `llmjax.optim.schedules.Optimizer.build`."""
         if self.iterations < 1:
-            raise Refused(f"optimizer.iterations is {self.iterations}: give at least 1, such as 5.")
+            raise Refused(f"optimizer.iterations is {self.iterations}: give at least 1, such as 4.")
         if not 0 <= self.momentum < 1:
             raise Refused(f"optimizer.momentum is {self.momentum}: give a share from 0 to below 1.")
         if not 0 <= self.others_lr < math.inf:
