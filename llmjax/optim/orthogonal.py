@@ -159,8 +159,8 @@ def newton_schulz(x_RC: jax.Array, iterations: int) -> jax.Array:
 def polynomials(iterations: int) -> list[tuple[float, float, float]]:
     """a, b, c of every iteration: each brings singular values from where they then are as near to 1 as it can.
 
-    MARGIN and CUSHION are for bfloat16, as in the paper. After four iterations matrices whose values span factors of 2, 10,
-    100 and 10,000 are 0.19, 0.19, 0.19 and 0.53 of their norm away from U V^T, as after five with Jordan's 3.4445,
+    MARGIN and CUSHION are for bfloat16, as in the paper. After four iterations matrices whose values span factors of 2,
+    10, 100 and 10,000 are 0.19, 0.19, 0.19 and 0.53 of their norm away from U V^T, as after five with Jordan's 3.4445,
     -4.7750, 2.0315 in each: 0.21, 0.19, 0.19 and 0.55.
     """
     low, high, found = 0.64 / 4**iterations, 1.0, []
