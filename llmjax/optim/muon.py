@@ -13,7 +13,9 @@ from llmjax.optim.adamw import AdamW
 from llmjax.optim.moments import Moments, kept
 from llmjax.optim.orthogonal import Sides, orthogonal, rows_by_columns
 from llmjax.optim.schedules import Cosine, Schedule, rate
-from llmjax.optim.weights import hidden, rows_and_columns
+from llmjax.optim.weights import Path, hidden, rows_and_columns
+
+TINY = 1e-12  # so that what never moved is divided by more than zero; mean squares of steps are about 0.04
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +24,17 @@ class Muon:
 
     A step of a matrix is lr * (scale * O + weight_decay * w). O is U V^T of the momentum's singular value decomposition
     U S V^T, nearly: Newton-Schulz iterations, which are products alone, bring all but the smallest singular values to
-    0.7 to 1.2. With `scale` "rms" it is multiplied by 0.2 * sqrt(max(rows, columns)), so that weights move as far as
-    under AdamW and take its rate and weight decay; with "spectral" by sqrt(max(1, columns / rows)).
+    0.7 to 1.3; see `llmjax.optim.orthogonal`. With `scale` "rms" it is multiplied by 0.2 * sqrt(max(rows, columns)), so
+    that weights move as far as under AdamW and take its rate and weight decay; with "spectral" by
+    sqrt(max(1, columns / rows)).
 
     Each layer and each expert of a stack is a matrix of its own, and heads and their width are one side of it.
     Embeddings, the head, scales and biases are AdamW's; see `llmjax.optim.weights`. One number of state per parameter
     of a matrix and two of any other, placed as the parameter.
+
+    With `b2_neurons` every neuron, which is a column of a matrix, moves about as far (NorMuon, arXiv:2510.05491): a
+    column of O is divided by the root of the decayed average of its mean squares, and then all of O by the number that
+    gives it its norm back. One number of state more per column, placed as the columns; each device adds up its rows.
 
     Where a layout cuts matrices over devices, each device orthogonalises whole matrices, its share of those of equal
     shape: it sends its parts of the others and gets the missing ones of its own, in one all-to-all per mesh axis,
@@ -48,10 +55,12 @@ class Muon:
     "Share of a matrix that is taken off per step, times the learning rate."
     scale: Literal["rms", "spectral"] = "rms"
     "How far an orthogonal step goes: as far as AdamW's, or as far for every shape in the norm from inputs to outputs."
-    iterations: int = 5
-    "Newton-Schulz iterations."
+    iterations: int = 4
+    "Newton-Schulz iterations: with each more, singular values a quarter as large still count as much as the largest."
     operands: Literal["auto", "float32", "bfloat16"] = "auto"
     "Precision of their products. auto: float32 on CPUs, bfloat16 on accelerators."
+    b2_neurons: float = 0.0
+    "Decay of the average of squares of each neuron's step, by whose root that is divided, such as 0.95. 0: it is not."
     others_lr: float = 1e-3
     "Peak learning rate of AdamW, for what is not Muon's; b1, b2 and epsilon are AdamW's too, and weight_decay as well."
     b1: float = 0.9
@@ -66,15 +75,18 @@ class Muon:
     def build(self, steps: int) -> optax.GradientTransformation:
         """See `llmjax.optim.schedules.Optimizer.build`."""
         if self.iterations < 1:
-            raise Refused(f"optimizer.iterations is {self.iterations}: give at least 1, such as 5.")
+            raise Refused(f"optimizer.iterations is {self.iterations}: give at least 1, such as 4.")
         if not 0 <= self.momentum < 1:
             raise Refused(f"optimizer.momentum is {self.momentum}: give a share from 0 to below 1.")
         if not 0 <= self.others_lr < math.inf:
             raise Refused(f"optimizer.others_lr is {self.others_lr}: give a positive number.")
+        if not 0 <= self.b2_neurons < 1:
+            raise Refused(f"optimizer.b2_neurons is {self.b2_neurons}: give a share from 0 to below 1, such as 0.95.")
         others = AdamW(self.others_lr, self.schedule, self.b1, self.b2, self.epsilon, self.weight_decay)
         rms = self.scale == "rms"
         matrices = optax.chain(
             scale_by_orthogonal_momentum(self.momentum, self.nesterov, self.iterations, self.operands, rms=rms),
+            *([scale_by_neurons(self.b2_neurons)] if self.b2_neurons else []),
             optax.add_decayed_weights(self.weight_decay),
             optax.scale_by_learning_rate(rate(self, steps)),
         )
@@ -106,6 +118,42 @@ def scale_by_orthogonal_momentum(
         return jax.tree.unflatten(tree, scaled), Momentum(total)
 
     return optax.GradientTransformation(init, update)
+
+
+class Neurons(NamedTuple):
+    """The decayed average of mean squares of every neuron's step. Dims of rows stay, with size 1."""
+
+    squares: optax.Params
+
+
+def scale_by_neurons(decay: float) -> optax.GradientTransformation:
+    """Each column of a step over the root of the average of its mean squares; a matrix's step is as long as before.
+
+    Averages begin at zero and are not made up for it: that would be one factor for a whole matrix, which its norm
+    takes out.
+    """
+
+    def init(params):
+        return Neurons(jax.tree.map(jnp.zeros_like, jax.tree_util.tree_map_with_path(_mean_squares, params)))
+
+    def update(steps, state, params=None):
+        now = jax.tree_util.tree_map_with_path(_mean_squares, steps)
+        squares = jax.tree.map(lambda v, s: decay * v + (1 - decay) * s, state.squares, now)
+        return jax.tree_util.tree_map_with_path(_evened, steps, now, squares), Neurons(squares)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _mean_squares(path: Path, x: jax.Array) -> jax.Array:
+    """Of every column."""
+    return jnp.mean(x * x, rows_and_columns(path, x)[0], keepdims=True)
+
+
+def _evened(path: Path, step: jax.Array, now: jax.Array, squares: jax.Array) -> jax.Array:
+    """Columns of mean squares `now` over the roots of `squares`, and the matrix back to its norm."""
+    share = 1 / (squares + TINY)
+    before, after = (jnp.mean(x, rows_and_columns(path, x)[1], keepdims=True) for x in (now, now * share))
+    return step * jnp.sqrt(share * before / (after + TINY))
 
 
 def _scale(x: jax.Array, sides: Sides, rms: bool) -> float:

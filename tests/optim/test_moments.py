@@ -1,5 +1,7 @@
 """Averages in bfloat16 take half the memory and are right on average."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,7 @@ def test_steps_are_those_of_float32_up_to_the_rounding():
     random = np.random.default_rng(0)
     params = {"kernel": random.normal(size=(16, 24)).astype(np.float32)}
     grads = [{"kernel": random.normal(size=(16, 24)).astype(np.float32)} for _ in range(20)]
-    for optimizer in (AdamW, Muon):
+    for optimizer in (AdamW, Muon, functools.partial(Muon, b2_neurons=0.9)):
         ends = []
         for moments in ("float32", "bfloat16"):
             tx = optimizer(lr=0.1, schedule=Constant(), moments=moments).build(20)

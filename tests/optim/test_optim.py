@@ -39,6 +39,7 @@ OPTIMIZERS = {
     "adafactor": Adafactor(lr=1e-1, schedule=WARM, weight_decay=0.01),
     "muon": Muon(lr=2e-2, others_lr=2e-2, schedule=WARM),
     "muon in bfloat16": Muon(lr=2e-2, others_lr=2e-2, schedule=WARM, moments="bfloat16"),
+    "muon of neurons": Muon(lr=2e-2, others_lr=2e-2, schedule=WARM, b2_neurons=0.9),
     "mup": MuP(base=16, lr=2e-2, schedule=WARM),
     "schedule-free": ScheduleFreeAdamW(lr=4e-2, schedule=Constant(warmup=4)),
     "sgd": SGD(lr=0.3, schedule=WARM, nesterov=True),
@@ -120,7 +121,7 @@ def test_state_and_steps_are_placed_as_the_parameters(optimizer, layout):
     own, kept = dict(typed(model)), [(name, dims) for name, dims in typed(state) if dims]  # the rest counts steps
     assert {name for name, _ in kept} == set(own)
     for name, dims in kept:
-        averaged = [(1, None)] if optimizer == "adafactor" else []
+        averaged = [(1, None)] if optimizer in ("adafactor", "muon of neurons") else []
         assert all(dim in [whole, *averaged] for dim, whole in zip(dims, own[name], strict=True)), name
 
 
