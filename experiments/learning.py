@@ -78,4 +78,7 @@ def main(seeds: int = 3, runs: str = "runs", json: Path | None = None) -> None:
 if __name__ == "__main__":
     import tyro
 
+    from llmjax import allocator
+
+    allocator.start_again()
     tyro.cli(main)
