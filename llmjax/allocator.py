@@ -4,7 +4,8 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+
+from llmjax.hardware import GPUS, TPUS, has
 
 NAME = "GLIBC_TUNABLES"
 # XLA allocates a step's temporaries anew each time. glibc gives blocks of that size back to the kernel, which clears
@@ -13,7 +14,6 @@ NAME = "GLIBC_TUNABLES"
 # does not know the first.)
 TUNABLES = {"hugetlb": 1, "mmap_threshold": 2**32, "trim_threshold": 2**33}
 SETTINGS = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
-ACCELERATORS = ("nvidiactl", "kfd", "accel*", "vfio")  # how Linux shows GPUs and TPUs, where steps use no malloc
 
 
 def start_again() -> None:
@@ -23,7 +23,7 @@ def start_again() -> None:
     where the environment says how malloc is to work. Call it before anything else was begun.
     """
     asked = NAME in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
-    if not asked and sys.executable and _glibc() and not _accelerated():
+    if not asked and sys.executable and glibc() and not has(*GPUS, *TPUS):
         with contextlib.suppress(OSError):
             os.execve(sys.executable, sys.orig_argv, os.environ | {NAME: SETTINGS})
 
@@ -33,12 +33,9 @@ def without(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if (name, value) != (NAME, SETTINGS)}
 
 
-def _glibc() -> bool:
+def glibc() -> bool:
+    """Whether that is the C library."""
     try:
         return bool(os.confstr("CS_GNU_LIBC_VERSION"))
     except (AttributeError, OSError, ValueError):  # no Linux; another C library
         return False
-
-
-def _accelerated() -> bool:
-    return any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS)

@@ -9,14 +9,13 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from llmjax import redact, tracking
+from llmjax import hardware, redact, tracking
 from llmjax.errors import DONE, PREEMPTED, USAGE, Refused, TooFewDevices
 from llmjax.mesh import Cluster
 from llmjax.rollcall import roll_call
@@ -79,7 +78,7 @@ def compiler_only() -> None:
 
     Without this it asks the cloud for the TPU that is not there, complains, and lets only one process load it.
     """
-    if any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists():  # how Linux shows a TPU's chips
+    if hardware.has(*hardware.TPUS):
         return
     settings = dict(TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL="3", TPU_ACCELERATOR_TYPE="v5p-8",
                     TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # fmt: skip

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llmjax import allocator
+from llmjax import allocator, hardware
 
 BLOCK = 2**26
 # Bytes that the process has of its heap beside what it had before a block was used and freed (mallinfo2(3)).
@@ -20,7 +20,7 @@ from llmjax import allocator
 
 with Path(sys.argv[1]).open("a") as starts:
     print(os.getpid(), file=starts)
-allocator.ACCELERATORS = ()
+allocator.has = lambda *_: False
 allocator.start_again()
 
 class Mallinfo2(ctypes.Structure):
@@ -32,32 +32,51 @@ before = glibc.mallinfo2().arena
 glibc.free(glibc.malloc({BLOCK}))
 print(glibc.mallinfo2().arena - before)
 """
-only_on_linux = pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+with_glibc = pytest.mark.skipif(not allocator.glibc(), reason="the C library is not glibc")
+on_cpus = pytest.mark.skipif(hardware.has(*hardware.GPUS, *hardware.TPUS), reason="this machine has an accelerator")
+
+
+def plain() -> dict[str, str]:
+    """The environment, without what it says of malloc."""
+    return {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != allocator.NAME}
 
 
 def started(folder, **also: str) -> tuple[list[str], int]:
     """(the process of each start, the bytes that the last one kept)."""
-    plain = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != allocator.NAME}
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, folder / "script.py", folder / "starts"]
-    ended = subprocess.run(command, env=plain | also, capture_output=True, text=True, check=True)
+    ended = subprocess.run(command, env=plain() | also, capture_output=True, text=True, check=True)
     return (folder / "starts").read_text().split(), int(ended.stdout)
 
 
-@only_on_linux
+@with_glibc
 def test_a_process_starts_once_more_as_itself_and_keeps_what_is_freed(tmp_path):
     processes, kept = started(tmp_path)
     assert len(processes) == 2 and len(set(processes)) == 1
     assert kept >= BLOCK
 
 
-@only_on_linux
+@with_glibc
 @pytest.mark.parametrize(
     "name, value", [("MALLOC_TOP_PAD_", "131072"), (allocator.NAME, "glibc.malloc.tcache_count=7")]
 )
 def test_what_the_environment_says_of_malloc_stands(tmp_path, name, value):
     processes, kept = started(tmp_path, **{name: value})
     assert len(processes) == 1 and kept < BLOCK
+
+
+@with_glibc
+@on_cpus
+@pytest.mark.parametrize("command, kept", [("train", True), ("bench", True), ("show", False)])
+def test_commands_that_train_do_so_in_such_a_process(tmp_path, command, kept):
+    """An experiment sees the environment of the process that it is read in."""
+    (tmp_path / "told.py").write_text(
+        f"import os\nfrom experiments.bench_tiny import run\nprint('told', os.environ.get('{allocator.NAME}'))\n"
+    )
+    line = [sys.executable, "-c", "from llmjax import cli; cli.command()", command, "told.py", "--help"]
+    env = plain() | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert f"told {allocator.SETTINGS if kept else None}\n" in ended.stdout
 
 
 def test_another_program_is_given_the_environment_as_it_was():

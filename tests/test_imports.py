@@ -11,8 +11,8 @@ ROOT = Path(llmjax.__path__[0])
 
 # A file imports from rooms above its own line and from its own room, never from beside or below.
 ORDER = (
-    ("allocator", "errors", "leash", "redact", "reading"),
-    ("names", "notice", "launch", "mesh", "rollcall", "rundir"),
+    ("errors", "hardware", "leash", "redact", "reading"),
+    ("allocator", "names", "notice", "launch", "mesh", "rollcall", "rundir"),
     ("layout", "tracking"),
     ("trackers",),
     ("run", "processes"),

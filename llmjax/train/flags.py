@@ -50,6 +50,11 @@ TPU = {
     "TPU v6e": BY_SPARSE_CORES | {TILES: 96 * 1024},
 }
 
+# Chips for which XLA compiles products together with what is done to their results. By the compiler's cycles it pays on
+# v6e, whose products write straight into the stacks of what is kept and take norms and sums along: Llama 3 8B's step on
+# 256 takes 0.96 of the time and 1.9 GiB less. A v5p's products take longer for it than norms and gates take alone.
+TOGETHER = {"TPU v6e"}
+
 
 def options(chip: Chip) -> Options:
     """What a step for such chips is compiled with. Of a CPU's options none made steps faster."""

@@ -9,10 +9,6 @@ from llmjax.run import Run
 OWN = dict(tpu="splash", gpu="cudnn")  # the kernel that only one platform has
 BLOCK = {"TPU v6e": 2048, "TPU 7x": 2048}  # positions in a block of splash: what the kernel's fast memory holds
 NARROWER = 1024
-# Chips for which XLA compiles products together with what is done to their results. By the compiler's cycles it pays on
-# v6e, whose products write straight into the stacks of what is kept and take norms and sums along: Llama 3 8B's step on
-# 256 takes 0.96 of the time and 1.9 GiB less. A v5p's products take longer for it than norms and gates take alone.
-TOGETHER = {"TPU v6e"}
 LONG = 1024  # positions from which blocks are faster than all scores at once: on a CPU as fast at 256, then 1.6 times
 
 

@@ -149,7 +149,7 @@ def make(run: Run, mesh: Mesh | AbstractMesh, chip: Chip) -> Program:
         pipeline=run.pipeline,
         attention=attention,
         block=kernels.BLOCK.get(chip.name, kernels.NARROWER),
-        apart=chip.platform == "tpu" and chip.name not in kernels.TOGETHER,
+        apart=chip.platform == "tpu" and chip.name not in flags.TOGETHER,
     )
     tx = transformation(run)
     state_of = functools.partial(steps.init, part=parted(run))

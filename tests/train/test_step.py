@@ -70,10 +70,10 @@ def weights(devices: int, layout: str, *configs):
 gradient = jax.jit(functools.partial(steps.gradients, loss=NextToken(z=1e-3)))
 
 
-def gradients(accumulate: int, devices: int, batch: dict[str, np.ndarray]):
+def gradients(accumulate: int, devices: int, batch: dict[str, np.ndarray], per_turn: int = 1):
     mesh = mesh_of(devices)
     cut = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
-    with jax.set_mesh(mesh), nn.compute(nn.Compute()):
+    with jax.set_mesh(mesh), nn.compute(nn.Compute(microbatches=per_turn)):
         [model] = jax.device_put(weights(1, "dp", TINY), NamedSharding(mesh, jax.P()))
         return gradient(model, jax.device_put(cut, NamedSharding(mesh, jax.P(None, ("data", "fsdp")))))
 
@@ -82,9 +82,9 @@ def test_microbatches_and_devices_with_uneven_masks_give_the_gradient_of_the_who
     batch = rows(8)
     loss, sums, grads = gradients(1, 1, batch)
     assert float(sums["weight"]) == batch["weights"].sum()
-    for accumulate, devices in ((8, 1), (1, 8), (2, 4)):
-        other_loss, other_sums, other = gradients(accumulate, devices, batch)
-        cut = f"{accumulate} microbatches on {devices} devices"
+    for accumulate, devices, per_turn in ((8, 1, 1), (8, 1, 2), (8, 1, 3), (1, 8, 1), (2, 4, 1), (4, 2, 2)):
+        other_loss, other_sums, other = gradients(accumulate, devices, batch, per_turn)
+        cut = f"{accumulate} microbatches, {per_turn} per turn, on {devices} devices"
         assert float(other_sums["weight"]) == float(sums["weight"]), cut
         np.testing.assert_allclose(other_loss, loss, rtol=1e-6, err_msg=cut)
         other = named(other)
